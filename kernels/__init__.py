@@ -1,0 +1,1 @@
+"""Triton kernels, one file each; `reference` is the definition of every operation."""
