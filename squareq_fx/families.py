@@ -1,0 +1,202 @@
+"""Example inputs of known diffusers families, read off a model's config.
+
+A family is recognised by the class name of the model or of one of its bases, and only its `config` is read, so this module
+imports neither diffusers nor the model's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Dims", "FamilyInputs", "family_inputs"]
+
+Dims = tuple["str | None", ...]
+"""One entry a dimension: None is static, "batch" a symbol, "4*height" a multiple of one."""
+
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class FamilyInputs:
+    """What a model is called with.
+
+    Attributes:
+        kwargs: keyword arguments; every tensor lives on `meta`. Sizes are small, distinct and never 0 or 1, because
+            `torch.export` specialises those.
+        dims: the same nesting as `kwargs` with a `Dims` in the place of each tensor. Equal symbols are equal sizes.
+    """
+
+    kwargs: dict[str, Any]
+    dims: dict[str, Any]
+    args: tuple[Any, ...] = field(default=())
+
+
+class _Builder:
+    def __init__(self, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+        self.dtype, self.sizes = dtype, {"batch": _BATCH, **sizes}
+
+    def tensor(self, *dims: int | str, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, Dims]:
+        shape = [d if isinstance(d, int) else self._size(d) for d in dims]
+        symbols: Dims = tuple(None if isinstance(d, int) else d for d in dims)
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta"), symbols
+
+    def _size(self, dim: str) -> int:
+        factor, _, name = dim.rpartition("*")
+        return int(factor or 1) * self.sizes[name]
+
+
+def family_inputs(model: nn.Module) -> FamilyInputs | None:
+    """Example inputs for `model`, or None if its family is not known.
+
+    Times (`timestep`, `guidance`) are float32 because every family turns them into float32 first; a call may still pass
+    integers, which are exact up to 2**24.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    for cls in type(model).__mro__:
+        build = _FAMILIES.get(cls.__name__)
+        if build is not None:
+            pairs = build(config, _dtype(model))
+            return FamilyInputs(_select(pairs, 0), _select(pairs, 1))
+    return None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _select(tree: dict[str, Any], index: int) -> dict[str, Any]:
+    return {
+        key: _select(value, index)
+        if isinstance(value, dict)
+        else value[index]
+        if isinstance(value, tuple) and isinstance(value[0], torch.Tensor)
+        else value
+        if index == 0
+        else None
+        for key, value in tree.items()
+    }
+
+
+def _unet2d(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    b = _Builder(dtype, {"height": 6, "width": 10, "tokens": 77})
+    cross = config.cross_attention_dim
+    cross = cross if isinstance(cross, int) else cross[0]
+    inputs: dict[str, Any] = {
+        "sample": b.tensor("batch", config.in_channels, f"{factor}*height", f"{factor}*width"),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "encoder_hidden_states": b.tensor("batch", "tokens", cross),
+    }
+    if config.addition_embed_type == "text_time":
+        time_ids = 6 if config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim in (1280,) else 5
+        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": b.tensor("batch", pooled),
+            "time_ids": b.tensor("batch", time_ids),
+        }
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        return {}
+    return inputs
+
+
+def _flux(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"image_tokens": 48, "text_tokens": 20})
+    inputs: dict[str, Any] = {
+        "hidden_states": b.tensor("batch", "image_tokens", config.in_channels),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.joint_attention_dim),
+        "pooled_projections": b.tensor("batch", config.pooled_projection_dim),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "img_ids": b.tensor("image_tokens", 3, dtype=torch.float32),
+        "txt_ids": b.tensor("text_tokens", 3, dtype=torch.float32),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = b.tensor("batch", dtype=torch.float32)
+    return inputs
+
+
+def _flux2(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"image_tokens": 48, "text_tokens": 20})
+    axes = len(config.axes_dims_rope)
+    inputs: dict[str, Any] = {
+        "hidden_states": b.tensor("batch", "image_tokens", config.in_channels),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.joint_attention_dim),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "img_ids": b.tensor("image_tokens", axes, dtype=torch.float32),
+        "txt_ids": b.tensor("text_tokens", axes, dtype=torch.float32),
+    }
+    if getattr(config, "guidance_embeds", True):
+        inputs["guidance"] = b.tensor("batch", dtype=torch.float32)
+    return inputs
+
+
+def _chroma(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"image_tokens": 48, "text_tokens": 20})
+    return {
+        "hidden_states": b.tensor("batch", "image_tokens", config.in_channels),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.joint_attention_dim),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "img_ids": b.tensor("image_tokens", 3, dtype=torch.float32),
+        "txt_ids": b.tensor("text_tokens", 3, dtype=torch.float32),
+    }
+
+
+def _sd3(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"height": 6, "width": 10, "text_tokens": 20})
+    patch = config.patch_size
+    return {
+        "hidden_states": b.tensor("batch", config.in_channels, f"{patch}*height", f"{patch}*width"),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.joint_attention_dim),
+        "pooled_projections": b.tensor("batch", config.pooled_projection_dim),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+    }
+
+
+def _dit(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {})
+    size = config.sample_size  # its position table is a fixed buffer, so the spatial sizes are static
+    return {
+        "hidden_states": b.tensor("batch", config.in_channels, size, size),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "class_labels": b.tensor("batch", dtype=torch.int64),
+    }
+
+
+def _pixart(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"height": 6, "width": 10, "text_tokens": 20})
+    patch = config.patch_size
+    inputs: dict[str, Any] = {
+        "hidden_states": b.tensor("batch", config.in_channels, f"{patch}*height", f"{patch}*width"),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.caption_channels),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+    }
+    inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return inputs
+
+
+def _wan(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    b = _Builder(dtype, {"frames": 3, "height": 6, "width": 10, "text_tokens": 20})
+    t, h, w = config.patch_size
+    return {
+        "hidden_states": b.tensor("batch", config.in_channels, f"{t}*frames", f"{h}*height", f"{w}*width"),
+        "timestep": b.tensor("batch", dtype=torch.float32),
+        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.text_dim),
+    }
+
+
+_FAMILIES: dict[str, Callable[[Any, torch.dtype], dict[str, Any]]] = {
+    "UNet2DConditionModel": _unet2d,
+    "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
+    "ChromaTransformer2DModel": _chroma,
+    "SD3Transformer2DModel": _sd3,
+    "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _pixart,
+    "WanTransformer3DModel": _wan,
+}
