@@ -1,0 +1,78 @@
+"""What the arguments of an int8 layer must be; every kernel refuses anything else in the same words."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["FLOATS", "check_linear", "check_rows"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes a kernel computes in and returns."""
+
+
+def check_rows(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Check one quantised weight: int8 [out, K'], two float32 [out], and in_features <= K'.
+
+    Raises:
+        TypeError: a dtype is wrong; the message names the argument.
+        ValueError: a shape or a device is wrong, or in_features does not fit.
+    """
+    if qweight.dtype != torch.int8:
+        raise TypeError(f"qweight must be int8, got {qweight.dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    if qweight.dim() != 2:
+        raise ValueError(f"qweight must be [out, K'], got shape {tuple(qweight.shape)}")
+    _check_row_vector("scale", scale, qweight)
+    _check_row_vector("zero_point", zero_point, qweight)
+    if not 0 <= in_features <= qweight.shape[1]:
+        raise ValueError(
+            f"in_features must lie between 0 and qweight's width {qweight.shape[1]}, got {in_features}"
+        )
+
+
+def check_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Check int8_linear's arguments: x [..., in] float, qweight [out, K' >= in], bias None or float32 [out].
+
+    Raises:
+        TypeError: a dtype is wrong; the message names the argument.
+        ValueError: a shape or a device is wrong.
+    """
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError("x must be [..., in], got a tensor without dimensions")
+    check_rows(qweight, scale, zero_point, min(x.shape[-1], qweight.shape[-1]) if qweight.dim() else 0)
+    if x.shape[-1] > qweight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} input features but qweight {tuple(qweight.shape)} is only "
+            f"{qweight.shape[1]} wide"
+        )
+    if x.device != qweight.device:
+        raise ValueError(f"x is on {x.device} but qweight is on {qweight.device}; move one of them")
+    if bias is not None:
+        _check_row_vector("bias", bias, qweight)
+
+
+def _check_row_vector(name: str, vector: torch.Tensor, qweight: torch.Tensor) -> None:
+    if vector.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {vector.dtype}")
+    if vector.dim() != 1 or vector.shape[0] != qweight.shape[0]:
+        raise ValueError(
+            f"{name} must have shape ({qweight.shape[0]},), one value for each row of qweight, "
+            f"got {tuple(vector.shape)}"
+        )
+    if vector.device != qweight.device:
+        raise ValueError(f"{name} is on {vector.device} but qweight is on {qweight.device}; move one of them")

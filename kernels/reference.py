@@ -1,0 +1,106 @@
+"""The definition of every operation, in plain torch. Kernels are measured against these, never the reverse.
+
+Source: SquareQ V2 slab format, sections "Quantising" and "Dequantising"."""
+
+from __future__ import annotations
+
+import torch
+
+from squareq_fx.kernels.arguments import FLOATS, check_linear, check_rows
+
+__all__ = ["dequantize", "int8_linear", "packed_width", "quantize_weight"]
+
+QMAX = 127.0
+SMALLEST_SCALE = 1e-8
+
+
+def packed_width(in_features: int, pack_k: int = 64) -> int:
+    """K': in_features rounded up to a multiple of pack_k; a pack_k of 1 or less means no padding."""
+    return in_features if pack_k <= 1 else -(-in_features // pack_k) * pack_k
+
+
+def quantize_weight(
+    weight: torch.Tensor, pack_k: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Symmetric int8, one scale for each row, bit for bit as SquareQ V2 does it.
+
+    Rows are independent: quantising slices of rows gives slices of the result, so a caller may go in chunks.
+
+    Args:
+        weight: [out, in] float32, bfloat16 or float16 (the latter two convert to float32 exactly).
+        pack_k: the width is padded with zeros on the right to a multiple of this; 1 or less pads nothing.
+    Returns:
+        qweight int8 [out, K'] in -127..127, scale float32 [out] (value of one step), zero_point float32 [out]
+        (all 0.0).
+    Raises:
+        TypeError: weight has another dtype.
+        ValueError: weight is not two-dimensional, or holds NaN or Inf.
+    """
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out, in], got shape {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    with torch.no_grad():
+        w = weight.detach().to(torch.float32)
+        if in_features:
+            low, high = torch.aminmax(w, dim=1)
+            absmax = torch.maximum(-low, high)
+        else:
+            absmax = w.new_zeros(out_features)
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError(
+                "weight holds NaN or Inf; quantised it would be silently wrong, so repair it first"
+            )
+        # A tensor divisor: CUDA turns a division by a Python number into a product with its reciprocal.
+        scale = (absmax / torch.full_like(absmax, QMAX)).clamp(min=SMALLEST_SCALE)
+        q = (w * (1.0 / scale).unsqueeze(1)).round_().clamp_(-QMAX, QMAX)
+        qweight = q.new_zeros((out_features, packed_width(in_features, pack_k)), dtype=torch.int8)
+        qweight[:, :in_features] = q
+        return qweight, scale, torch.zeros_like(scale)
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(q - zero_point) * scale in float32, padding dropped, then cast.
+
+    Args:
+        qweight: [out, K'] int8; scale, zero_point: [out] float32; in_features: <= K'.
+    Returns:
+        [out, in_features] in dtype.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+    """
+    check_rows(qweight, scale, zero_point, in_features, dtype)
+    steps = qweight[:, :in_features].to(torch.float32) - zero_point.unsqueeze(1)
+    return (steps * scale.unsqueeze(1)).to(dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ dequantize(qweight)^T + bias, all in float32, cast to x's dtype at the end.
+
+    Args:
+        x: [..., in] bf16, fp16 or fp32; qweight: [out, K' >= in] int8; scale, zero_point: [out] float32;
+        bias: [out] float32 or None.
+    Returns:
+        [..., out] in x's dtype.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+    """
+    check_linear(x, qweight, scale, zero_point, bias)
+    weight = dequantize(qweight, scale, zero_point, x.shape[-1])
+    y = torch.matmul(x.to(torch.float32), weight.t())
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
