@@ -62,6 +62,8 @@ def family_inputs(model: nn.Module) -> FamilyInputs | None:
     for cls in type(model).__mro__:
         build = _FAMILIES.get(cls.__name__)
         if build is not None:
+            if getattr(config, "class_embed_type", None) or getattr(config, "num_class_embeds", None):
+                return None  # what the class ids mean is the user's to say
             pairs = build(config, _dtype(model))
             return FamilyInputs(_select(pairs, 0), _select(pairs, 1))
     return None
@@ -95,14 +97,13 @@ def _unet2d(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "encoder_hidden_states": b.tensor("batch", "tokens", cross),
     }
     if config.addition_embed_type == "text_time":
-        time_ids = 6 if config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim in (1280,) else 5
-        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+        total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        time_ids = 5 if total - 5 * each == 1280 else 6  # the SDXL refiner has one size id less than the base
+        pooled = total - time_ids * each
         inputs["added_cond_kwargs"] = {
             "text_embeds": b.tensor("batch", pooled),
             "time_ids": b.tensor("batch", time_ids),
         }
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
-        return {}
     return inputs
 
 

@@ -1,0 +1,380 @@
+"""A model becomes a flat graph whose every parameter, buffer and constant is an explicit input.
+
+`torch.export` (non-strict) traces a skeleton of the model: the same modules with all tensors on `meta`. No weight is read,
+copied or moved, so a model that fits no memory can be captured. Afterwards the graph is moved to the device it will run
+on. Source: https://docs.pytorch.org/docs/stable/export.html
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from squareq_fx.blocks import block_paths
+from squareq_fx.calls import bind, flatten_call, normalise_example, rebuild_call
+from squareq_fx.errors import BindingError, CaptureError
+from squareq_fx.families import family_inputs
+from squareq_fx.inference import infer
+from squareq_fx.ir import CallSpec, Level, Program, identifier, info, set_info, set_program
+from squareq_fx.slab import Slab, restore_inputs, signature_of
+from squareq_fx.specs import spec
+
+__all__ = ["capture"]
+
+_AUTO = torch.export.Dim.AUTO
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    slab: Slab | None = None,
+    device: torch.device | str | None = None,
+    block_pattern: str | None = None,
+) -> fx.GraphModule:
+    """The model's forward as a flat graph of aten operations.
+
+    Args:
+        model: any module `torch.export` can trace, real or on `meta`; it is neither changed nor moved. Dropout and the
+            like are captured in eval mode.
+        example_inputs: a dict (keywords), a tuple (positions) or a pair of both. Only sizes and dtypes are read. Every
+            size is dynamic as far as the model allows. Default: the slab's recorded inputs, else those of a known
+            diffusers family.
+        slab: consulted for example inputs and block paths.
+        device: where the graph will run; default: where the model's parameters are, the CPU for `meta`.
+        block_pattern: see `block_paths`.
+
+    Returns:
+        A GraphModule with one placeholder for each tensor argument, then one for each weight; its output is a tuple of
+        the tensors in the model's output. It computes what the model computes in eval mode.
+
+    Raises:
+        CaptureError: no example inputs are known, or `torch.export` cannot trace the model (with its reason).
+    """
+    target = _device(model, device)
+    arguments, signature, dims = _example(model, example_inputs, slab)
+    paths = [p for p, leaf in flatten_call(arguments).items() if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in flatten_call(arguments).values() if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise CaptureError(f"{type(model).__name__}: the example inputs hold no tensor, so there is nothing to trace")
+    traced = _Skeleton(model, rebuild_call(signature, arguments), dims)
+    exported = traced.export(tensors)
+    gm = _explicit(exported, traced, paths, model)
+    _relocate(gm, target)
+    literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
+    blocks = slab.block_paths if slab is not None and slab.block_paths and block_pattern is None else None
+    return set_program(
+        gm,
+        Program(
+            level=Level.CAPTURED,
+            call=CallSpec(signature, tuple(paths), literals, traced.output_leaves, traced.output_spec),
+            model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+            model_signature=signature_of(model),
+            block_paths=tuple(blocks) if blocks is not None else block_paths(model, block_pattern),
+            device=target,
+            dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+            constants=traced.constants,
+        ),
+    )
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        first = next((t.device for t in model.parameters()), torch.device("cpu"))
+        device = "cpu" if first.type == "meta" else first
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return device
+
+
+def _example(
+    model: nn.Module, example_inputs: Any, slab: Slab | None
+) -> tuple[dict[str, Any], inspect.Signature, dict[str, tuple[str | None, ...]] | None]:
+    """Bound arguments with every tensor on `meta`; for a known family also the symbols of each tensor's dimensions."""
+    signature = inspect.signature(model.forward)
+    family = family_inputs(model)
+    recorded = slab.input_signature if slab is not None else None
+    if example_inputs is not None:
+        args, kwargs = normalise_example(example_inputs)
+    elif recorded is not None:
+        args, kwargs = restore_inputs(recorded, device="meta")
+    elif family is not None:
+        args, kwargs = family.args, family.kwargs
+    else:
+        raise CaptureError(
+            f"it is not known what to call {type(model).__name__}{signature} with: pass "
+            "example_inputs={'argument': tensor, ...} (the tensors may live on 'meta')"
+        )
+    try:
+        arguments = dict(bind(signature, args, kwargs, f"example_inputs of {type(model).__name__}").arguments)
+    except BindingError as error:
+        raise CaptureError(str(error)) from error
+    arguments = pytree.tree_map_only(torch.Tensor, _on_meta, arguments)
+    if "return_dict" in signature.parameters:
+        arguments["return_dict"] = True  # a tuple can be made from the output class, not the other way round
+    if family is None:
+        return arguments, signature, None
+    known, symbols = flatten_call(family.kwargs), _flatten_dims(family.dims)
+    given = {p: t for p, t in flatten_call(arguments).items() if isinstance(t, torch.Tensor)}
+    if not all(p in known and isinstance(known[p], torch.Tensor) and known[p].dim() == t.dim() for p, t in given.items()):
+        return arguments, signature, None
+    # The family knows which sizes vary: trace at its sizes, which are distinct and never 1, with the dtypes given.
+    sizes = {p: _family_size(known[p], symbols[p], t) for p, t in given.items()}
+    fresh = iter([torch.empty(sizes[p], dtype=t.dtype, device="meta") for p, t in given.items()])
+    arguments = pytree.tree_map_only(torch.Tensor, lambda _: next(fresh), arguments)
+    return arguments, signature, {p: symbols[p] for p in given}
+
+
+def _flatten_dims(dims: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
+    """A family's `dims` by the same paths as `flatten_call` gives its tensors."""
+    result: dict[str, tuple[str | None, ...]] = {}
+    for name, value in dims.items():
+        if isinstance(value, dict):
+            result.update({f"{name}['{k}']": v for k, v in value.items()})
+        else:
+            result[name] = value
+    return result
+
+
+def _family_size(known: torch.Tensor, symbols: tuple[str | None, ...], given: torch.Tensor) -> list[int]:
+    return [k if s is not None else g for k, s, g in zip(known.shape, symbols, given.shape)]
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+class _Skeleton:
+    """The model's modules with all tensors on `meta`, and a `forward` that takes and returns flat tuples of tensors."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build: Callable[[Any], inspect.BoundArguments],
+        dims: dict[str, tuple[str | None, ...]] | None,
+    ) -> None:
+        self.model_name = type(model).__name__
+        self.dims = list(dims.values()) if dims is not None else None
+        self.output_leaves: tuple[tuple[Any] | None, ...] = ()
+        self.output_spec: Any = None
+        self.constants: dict[str, torch.Tensor] = {}
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            memo[id(tensor)] = _meta_twin(tensor)
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and id(value) not in memo:
+                    memo[id(value)] = _meta_twin(value)
+                    self.constants[f"{path}.{name}" if path else name] = value
+        self.module = copy.deepcopy(model, memo).eval()
+        self._wrap_forward(build)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Symbols that occur as a multiple: an input of that size is traced along, so that sizes are simple expressions.
+
+        With `4*height` known to be a multiple of 4 the sizes of an SDXL UNet stay polynomials; without, they become nested
+        floor divisions and tracing takes half again as long.
+        """
+        dims = [d for shape in self.dims or [] for d in shape if d is not None and "*" in d]
+        return sorted({d.rpartition("*")[2] for d in dims})
+
+    def _wrap_forward(self, build: Callable[[Any], inspect.BoundArguments]) -> None:
+        cls, owner = type(self.module), self
+        count = len(self.tokens)
+
+        def forward(module: nn.Module, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tokens, tensors = flat[:count], flat[count:]
+            owner._state_relations(tokens, tensors)
+            call = build(tensors)
+            return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc]
+
+        traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+        self.module.__class__ = traced
+
+    def _state_relations(self, tokens: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...]) -> None:
+        sizes: dict[str, Any] = {name: token.shape[0] for name, token in zip(self.tokens, tokens)}
+        for tensor, dims in zip(tensors, self.dims or []):
+            for size, dim in zip(tensor.shape, dims):
+                if dim is None:
+                    continue
+                factor, _, name = dim.rpartition("*")
+                torch._check(size == int(factor or 1) * sizes.setdefault(name, size))
+
+    def _flatten_output(self, output: Any) -> tuple[torch.Tensor, ...]:
+        leaves, self.output_spec = pytree.tree_flatten(output)
+        self.output_leaves = tuple(None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves)
+        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def export(self, tensors: list[torch.Tensor]) -> Any:
+        if self.dims is not None:
+            multiples = self._token_sizes(tensors)
+            tokens = [torch.empty(multiples[name], device="meta") for name in self.tokens]
+            dynamic = [{i: _AUTO for i, d in enumerate(dims) if d is not None} for dims in self.dims]
+            return self._try([*tokens, *tensors], [{0: _AUTO} for _ in tokens] + dynamic)
+        dynamic = [dict.fromkeys(range(t.dim()), _AUTO) for t in tensors]
+        widened = _widen_batch(tensors)
+        if widened is not None:
+            try:
+                return self._try(widened, dynamic)
+            except CaptureError:
+                warnings.warn(
+                    f"{self.model_name}: a batch of 2 could not be traced, so the captured graph takes batch 1 only",
+                    stacklevel=4,
+                )
+        return self._try(tensors, dynamic)
+
+    def _token_sizes(self, tensors: list[torch.Tensor]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for tensor, dims in zip(tensors, self.dims or []):
+            for extent, dim in zip(tensor.shape, dims):
+                factor, _, name = (dim or "").rpartition("*")
+                if factor:
+                    sizes[name] = extent // int(factor)
+        return sizes
+
+    def _try(self, tensors: list[torch.Tensor], dynamic: list[dict[int, Any]]) -> Any:
+        fresh = tuple(_on_meta(t) for t in tensors)  # Dim.AUTO marks the tensors it is given
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
+                if any(_mutates(node) for node in exported.graph.nodes):
+                    exported = exported.run_decompositions({})
+                return exported
+        except Exception as error:
+            raise CaptureError(
+                f"torch.export could not trace {self.model_name}: {_reason(error)}\n"
+                "The forward must not branch on tensor values or call untraceable code; with example_inputs you choose "
+                "which optional arguments are traced."
+            ) from error
+
+
+def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+
+
+def _widen_batch(tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The same tensors with a leading size of 1 made 2, since `torch.export` takes a 1 for a constant."""
+    if not any(t.dim() and t.shape[0] == 1 for t in tensors):
+        return None
+    return [
+        torch.empty((2, *t.shape[1:]), dtype=t.dtype, device="meta") if t.dim() and t.shape[0] == 1 else t
+        for t in tensors
+    ]
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: " + ("\n  ".join(text[:12]) if text else "no message")
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Module) -> fx.GraphModule:
+    """The exported graph with readable placeholder names, our records, and without the helper inputs."""
+    kinds = torch.export.graph_signature.InputKind
+    written = [s for s in exported.graph_signature.output_specs if s.kind.name != "USER_OUTPUT"]
+    if written:
+        raise CaptureError(
+            f"{traced.model_name}: forward writes to {written[0].target or 'an input'}; a compiled module keeps no "
+            "state between calls. Call model.eval(), or move that state into the inputs."
+        )
+    specs = list(exported.graph_signature.input_specs)
+    users = [f"\0{name}" for name in traced.tokens] + paths
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    tokens: dict[fx.Node, str] = {}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    ordered = sorted(zip(placeholders, specs), key=lambda pair: pair[1].kind != kinds.USER_INPUT)
+    position = iter(users)
+    for node, spec in ordered:
+        if spec.kind == kinds.USER_INPUT:
+            key, kind = next(position), "input"
+            if key.startswith("\0"):
+                tokens[node] = key[1:]
+                continue
+        else:
+            key, kind = _weight_key(spec, exported, traced), "weight"
+        new = graph.placeholder(identifier(key))
+        new.meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
+        set_info(new, kind=kind, key=key)
+        env[node] = new
+    env.update(_spell_tokens(graph, tokens, traced, [n for n in graph.nodes if info(n).kind == "input"]))
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" or node in env:
+            continue
+        if node.op == "get_attr":
+            raise CaptureError(f"{traced.model_name}: control flow with its own subgraph ({node.target}) is not supported")
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
+    gm = fx.GraphModule({}, graph, class_name=type(model).__name__)
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+_KEPT_META = {"val", "stack_trace", "nn_module_stack"}
+
+
+def _weight_key(spec: Any, exported: Any, traced: _Skeleton) -> str:
+    key = spec.target
+    if spec.kind.name == "CONSTANT_TENSOR" and key not in traced.constants:
+        value = exported.constants[key]
+        traced.constants[key] = value.detach()
+    return key
+
+
+def _spell_tokens(
+    graph: fx.Graph, tokens: dict[fx.Node, str], traced: _Skeleton, inputs: list[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Say each helper input's size through the real inputs (`sample.size(2) // 4`); returns old size node -> new."""
+    replaced: dict[fx.Node, fx.Node] = {}
+    for token, name in tokens.items():
+        node, index, factor = next(
+            (node, i, int(dim.rpartition("*")[0]))
+            for node, dims in zip(inputs, traced.dims or [])
+            for i, dim in enumerate(dims)
+            if dim is not None and dim.endswith(f"*{name}")
+        )
+        size = graph.call_function(torch.ops.aten.sym_size.int, (node, index))
+        size.meta["val"] = node.meta["val"].shape[index]
+        quotient = graph.call_function(operator.floordiv, (size, factor))
+        quotient.meta["val"] = token.meta["val"].shape[0]
+        for use in token.users:
+            if use.target is not torch.ops.aten.sym_size.int:
+                raise CaptureError(f"{traced.model_name}: {use} reads a helper input of the capture")
+            replaced[use] = quotient
+    return replaced
+
+
+def _relocate(gm: fx.GraphModule, device: torch.device) -> None:
+    """Move a graph traced on `meta` to the device it will run on: every device argument and every `val`."""
+
+    def move(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value.type == "meta" else value
+
+    for node in gm.graph.nodes:
+        node.args = pytree.tree_map(move, node.args)
+        node.kwargs = pytree.tree_map(move, node.kwargs)
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+                leaf.fake_device = device  # type: ignore[attr-defined]
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            # Some layouts depend on the device (attention on the CPU returns another stride order than on meta).
+            val = infer(node.target, node.args, node.kwargs)
+            if spec(val) != spec(node.meta["val"]):
+                node.meta["val"] = val
+    gm.recompile()

@@ -1,0 +1,69 @@
+"""Small edits of a graph that keep its records true. Passes are written with these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from squareq_fx.inference import infer
+from squareq_fx.ir import identifier, info, set_info, weight_inputs
+
+__all__ = ["add_weight", "call", "drop_unused_weights", "finish", "replace"]
+
+
+def call(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    like: fx.Node,
+    made_by: str,
+    layer: str | None = None,
+    name: str | None = None,
+) -> fx.Node:
+    """A new `call_function` at the graph's insertion point, with its `val` inferred and the source of `like`.
+
+    Raises:
+        PassError: the operation does not take these arguments.
+    """
+    node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta["val"] = infer(target, args, dict(kwargs or {}))
+    return set_info(node, made_by=made_by, layer=layer)
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, and remove `old`."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def add_weight(gm: fx.GraphModule, key: str, val: torch.Tensor, *, made_by: str, layer: str | None = None) -> fx.Node:
+    """A new weight input after the last placeholder; `val` is a fake tensor."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(identifier(key))
+    node.meta["val"] = val
+    return set_info(node, kind="weight", key=key, layer=layer, made_by=made_by)
+
+
+def drop_unused_weights(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Remove weight inputs that nothing reads; returns their keys."""
+    dropped = tuple(key for key, node in weight_inputs(gm).items() if not node.users)
+    for node in [n for n in gm.graph.nodes if n.op == "placeholder"]:
+        if info(node).kind == "weight" and not node.users:
+            gm.graph.erase_node(node)
+    return dropped
+
+
+def finish(gm: fx.GraphModule) -> fx.GraphModule:
+    """Remove dead nodes and regenerate the code; what a pass calls on the graph it returns."""
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm

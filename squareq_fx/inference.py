@@ -1,0 +1,73 @@
+"""What an operation gives for arguments of known types, without computing it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import map_arg
+
+from squareq_fx.errors import PassError
+from squareq_fx.specs import spec
+
+__all__ = ["empty", "infer"]
+
+
+_MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The `val` that `target` gives for the `val`s of the nodes in `args` and `kwargs`.
+
+    The answer depends on the types of the arguments alone, so the same operation on the same types is inferred once: a model
+    of 57 equal blocks costs one block.
+
+    Raises:
+        PassError: the operation refuses these arguments.
+    """
+    nodes: list[fx.Node] = []
+    map_arg((args, kwargs), lambda n: nodes.append(n) or n)
+    modes = [mode for node in nodes if (mode := _mode(node.meta.get("val"))) is not None]
+    if not modes:
+        return _run(target, args, kwargs, modes)
+    memo = _MEMOS.setdefault(modes[0], {})
+    key = (target, str(map_arg((args, kwargs), lambda n: _Typed(spec(n.meta.get("val"))))))
+    if key not in memo:
+        memo[key] = _run(target, args, kwargs, modes)
+    return memo[key]
+
+
+class _Typed(str):
+    def __repr__(self) -> str:
+        return f"<{self!s}>"
+
+
+def _run(target: Callable[..., Any], args: Any, kwargs: Any, modes: list[Any]) -> Any:
+    fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+    try:
+        if not modes:
+            return target(*fake_args, **fake_kwargs)
+        # The Python dispatcher keeps sizes symbolic where C++ composites would turn them into constants, and no inference
+        # may narrow what the captured graph is valid for.
+        with modes[0], torch.no_grad(), enable_python_dispatcher(), modes[0].shape_env.suppress_guards():
+            return target(*fake_args, **fake_kwargs)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PassError(f"{target} does not take these arguments: {line}") from error
+
+
+def empty(mode: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A fake contiguous tensor, the `val` of a new input."""
+    with mode:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _mode(val: Any) -> Any:
+    for leaf in val if isinstance(val, tuple | list) else (val,):
+        if hasattr(leaf, "fake_mode"):
+            return leaf.fake_mode
+    return None

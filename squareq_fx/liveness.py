@@ -1,0 +1,82 @@
+"""Which values share memory, and when each is used for the last time."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from squareq_fx.ir import functions
+
+__all__ = ["last_uses", "shared_storage"]
+
+# Operations that return their input itself in eval mode although their schema does not say so.
+_MAY_RETURN_INPUT = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"}
+
+
+def shared_storage(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For every node the nodes whose storage its value may be part of; itself, if it makes storage of its own.
+
+    Views are followed through the alias annotations of operator schemas, `getitem`, and calls of the graph's functions.
+    The answer is conservative: `reshape` may be a view, so it counts as one.
+    """
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    children = functions(gm)
+    summaries = {name: _outputs_from_inputs(child) for name, child in children.items()}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target in summaries:
+            sources = [node.args[i] for i in summaries[node.target] if isinstance(node.args[i], fx.Node)]
+            roots[node] = _union(roots, sources) | {node}
+        elif node.op == "call_function" and node.target is operator.getitem:
+            roots[node] = _union(roots, node.all_input_nodes)
+        elif node.op == "call_function" and (sources := _aliased(node)):
+            roots[node] = _union(roots, sources)
+        elif node.op == "output":
+            roots[node] = _union(roots, node.all_input_nodes)
+        else:
+            roots[node] = frozenset({node})
+    return roots
+
+
+def last_uses(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The last node that reads `node`'s storage, through views and calls too; `node` itself if none does."""
+    roots = shared_storage(gm)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    return max(_readers(node, roots) | {node}, key=order.__getitem__)
+
+
+def _readers(root: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> set[fx.Node]:
+    return {user for node, sources in roots.items() if root in sources for user in node.users}
+
+
+def _union(roots: dict[fx.Node, frozenset[fx.Node]], nodes: list[fx.Node]) -> frozenset[fx.Node]:
+    return frozenset().union(*(roots[n] for n in nodes))
+
+
+def _outputs_from_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs a function's outputs may be views of."""
+    roots = shared_storage(gm)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    return tuple(i for i, p in enumerate(placeholders) if p in roots[output])
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose storage the result may share, by the operator's schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    if schema.name in _MAY_RETURN_INPUT:
+        return node.all_input_nodes[:1]
+    if not any(r.alias_info is not None for r in schema.returns):
+        return []
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None:
+            continue
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for leaf in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(leaf, fx.Node):
+                found.append(leaf)
+    return found

@@ -1,0 +1,168 @@
+"""The operations of the IR, registered with `torch.library` under the namespace `squareq`.
+
+| operation | meaning |
+|---|---|
+| `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias`, defined by `kernels.reference.int8_linear` |
+| `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
+| `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
+| `prefetch(block, *, visit, nbytes, offset)` | start the copy that a later `load` of the same block and visit will wait for |
+| `unpack(weights, offset, size, dtype)` | a view into the flat buffer, one weight of the block |
+
+`load`, `evict` and `prefetch` act on the runtime that is active in the current context (`activate`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch.fx.node import has_side_effect
+
+from squareq_fx.errors import RuntimeStateError
+
+__all__ = ["RuntimeProtocol", "activate", "evict", "int8_linear", "load", "prefetch", "unpack"]
+
+
+class RuntimeProtocol(Protocol):
+    """What `load`, `evict` and `prefetch` need of a runtime."""
+
+    def load(self, block: str, visit: int, nbytes: int, offset: int | None) -> torch.Tensor: ...
+    def evict(self, weights: torch.Tensor, block: str, visit: int) -> None: ...
+    def prefetch(self, block: str, visit: int, nbytes: int, offset: int | None) -> None: ...
+
+
+_ACTIVE: ContextVar[RuntimeProtocol | None] = ContextVar("squareq_fx_runtime", default=None)
+
+
+@contextlib.contextmanager
+def activate(runtime: RuntimeProtocol) -> Iterator[None]:
+    """Make `runtime` the one that `load`, `evict` and `prefetch` act on, in this context."""
+    token = _ACTIVE.set(runtime)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _runtime(what: str, block: str) -> RuntimeProtocol:
+    runtime = _ACTIVE.get()
+    if runtime is None:
+        raise RuntimeStateError(
+            f"{what}({block!r}) ran without weights: no runtime is active. Run the module that "
+            "squareq_fx.compile returned, or wrap the call in squareq_fx.ops.activate(runtime)."
+        )
+    return runtime
+
+
+_LIBRARY = torch.library.Library("squareq", "DEF")
+_LIBRARY.define(
+    "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor zero_point, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define("load(str block, *, int visit, int nbytes, int? offset=None, Device device) -> Tensor")
+_LIBRARY.define("evict(Tensor weights, str block, int visit) -> ()")
+_LIBRARY.define("prefetch(str block, *, int visit, int nbytes, int? offset=None) -> ()")
+_LIBRARY.define("unpack(Tensor(a) weights, int offset, int[] size, ScalarType dtype) -> Tensor(a)")
+
+
+def _int8_linear_kernel(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from squareq_fx.kernels.dispatch import int8_linear as run
+
+    return run(x, qweight, scale, zero_point, bias)
+
+
+def _int8_linear_autograd(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    tensors = (x, scale, zero_point, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeStateError(
+            "squareq.int8_linear would cut a gradient: an input requires grad and this operation has no backward. "
+            "Call the module under torch.no_grad(), or detach its inputs."
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.squareq.int8_linear.default(x, qweight, scale, zero_point, bias)
+
+
+def _load_kernel(
+    block: str, *, visit: int, nbytes: int, offset: int | None = None, device: torch.device
+) -> torch.Tensor:
+    return _runtime("load", block).load(block, visit, nbytes, offset)
+
+
+def _evict_kernel(weights: torch.Tensor, block: str, visit: int) -> None:
+    _runtime("evict", block).evict(weights, block, visit)
+
+
+def _prefetch_kernel(block: str, *, visit: int, nbytes: int, offset: int | None = None) -> None:
+    _runtime("prefetch", block).prefetch(block, visit, nbytes, offset)
+
+
+def _unpack_kernel(weights: torch.Tensor, offset: int, size: list[int], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = dtype.itemsize
+    for extent in size:
+        nbytes *= extent
+    return weights.narrow(0, offset, nbytes).view(dtype).view(size)
+
+
+_LIBRARY.impl("int8_linear", _int8_linear_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("int8_linear", _int8_linear_autograd, "Autograd")
+_LIBRARY.impl("load", _load_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("evict", _evict_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("prefetch", _prefetch_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("unpack", _unpack_kernel, "CompositeImplicitAutograd")
+
+
+@torch.library.register_fake("squareq::int8_linear", lib=_LIBRARY)
+def _int8_linear_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    torch._check(x.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear: x [..., in], qweight [out, in_padded]")
+    torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear: qweight is {qweight.dtype}, not int8")
+    torch._check(x.shape[-1] <= qweight.shape[1], lambda: "int8_linear: x is wider than qweight")
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+@torch.library.register_fake("squareq::load", lib=_LIBRARY)
+def _load_fake(
+    block: str, *, visit: int, nbytes: int, offset: int | None = None, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+@torch.library.register_fake("squareq::evict", lib=_LIBRARY)
+def _evict_fake(weights: torch.Tensor, block: str, visit: int) -> None:
+    return None
+
+
+@torch.library.register_fake("squareq::prefetch", lib=_LIBRARY)
+def _prefetch_fake(block: str, *, visit: int, nbytes: int, offset: int | None = None) -> None:
+    return None
+
+
+int8_linear = torch.ops.squareq.int8_linear.default
+load = torch.ops.squareq.load.default
+evict = torch.ops.squareq.evict.default
+prefetch = torch.ops.squareq.prefetch.default
+unpack = torch.ops.squareq.unpack.default
+
+# Dead-code elimination would delete nodes that nothing uses, and two loads would look like one.
+for _op in (load, evict, prefetch):
+    has_side_effect(_op)
