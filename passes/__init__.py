@@ -1,1 +1,43 @@
-"""The compiler's passes, one file each."""
+"""The compiler's passes, one file each, and the order they run in.
+
+A pass is any callable from GraphModule to GraphModule; options are fields of a frozen dataclass. Passes never import each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+if __name__ == "passes":
+    raise ImportError(
+        "import squareq_fx.passes instead: `import passes` from the repository's folder would make a second copy of every class"
+    )
+
+from squareq_fx.errors import PassError
+from squareq_fx.passes.canonicalize import Canonicalize
+from squareq_fx.passes.outline import Outline
+from squareq_fx.passes.quantize import Quantize
+from squareq_fx.passes.schedule import Schedule
+from squareq_fx.passes.stream import Stream
+from squareq_fx.pipeline import Pass, pass_name
+from squareq_fx.slab.reader import Slab
+
+__all__ = ["Canonicalize", "Outline", "Quantize", "Schedule", "Stream", "default_passes", "insert_after"]
+
+
+def default_passes(slab: Slab, *, slots: int = 2, distance: int = 1, budget: int | None = None) -> tuple[Pass, ...]:
+    """What `compile` runs. `slots`, `distance` and `budget` (bytes) are those of `Schedule`."""
+    return (Canonicalize(), Quantize(slab), Outline(), Stream(), Schedule(slots, distance, budget))
+
+
+def insert_after(passes: Iterable[Pass], name: str, *new: Pass) -> tuple[Pass, ...]:
+    """The same passes with `new` after the one called `name`.
+
+    Raises:
+        PassError: no pass has that name.
+    """
+    passes = tuple(passes)
+    names = [pass_name(p) for p in passes]
+    if name not in names:
+        raise PassError(f"there is no pass {name!r} to insert after; the passes are {', '.join(names)}")
+    at = names.index(name) + 1
+    return (*passes[:at], *new, *passes[at:])

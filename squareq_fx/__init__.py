@@ -1,0 +1,45 @@
+"""squareq_fx: run diffusion models on INT8 weights streamed block by block, as transforms of a torch.fx graph.
+
+    slab = squareq_fx.build_slab(model, "out/model_int8")
+    gm = squareq_fx.compile(model, slab)
+    gm(sample, timestep, encoder_hidden_states=...)
+"""
+
+from squareq_fx._version import __version__
+from squareq_fx.api import compile
+from squareq_fx.capture import capture
+from squareq_fx.emit import CompiledModule
+from squareq_fx.errors import (
+    BindingError,
+    CaptureError,
+    PassError,
+    RuntimeStateError,
+    SlabError,
+    SquareQError,
+    VerificationError,
+)
+from squareq_fx.inlining import inline
+from squareq_fx.passes import default_passes, insert_after
+from squareq_fx.pipeline import run
+from squareq_fx.slab import Slab, build_slab, open_slab
+
+__all__ = [
+    "BindingError",
+    "CaptureError",
+    "CompiledModule",
+    "PassError",
+    "RuntimeStateError",
+    "Slab",
+    "SlabError",
+    "SquareQError",
+    "VerificationError",
+    "__version__",
+    "build_slab",
+    "capture",
+    "compile",
+    "default_passes",
+    "inline",
+    "insert_after",
+    "open_slab",
+    "run",
+]

@@ -23,11 +23,13 @@ from squareq_fx.calls import bind, flatten_call, normalise_example, rebuild_call
 from squareq_fx.errors import BindingError, CaptureError
 from squareq_fx.families import family_inputs
 from squareq_fx.inference import infer
-from squareq_fx.ir import CallSpec, Level, Program, identifier, info, set_info, set_program
-from squareq_fx.slab import Slab, restore_inputs, signature_of
+from squareq_fx.ir import CallSpec, Level, Program, fake_mode, identifier, info, set_info, set_program
+from squareq_fx.slab.inputs import restore_inputs
+from squareq_fx.slab.manifest import model_signature
+from squareq_fx.slab.reader import Slab
 from squareq_fx.specs import spec
 
-__all__ = ["capture"]
+__all__ = ["capture", "skeleton"]
 
 _AUTO = torch.export.Dim.AUTO
 
@@ -68,6 +70,7 @@ def capture(
     traced = _Skeleton(model, rebuild_call(signature, arguments), dims)
     exported = traced.export(tensors)
     gm = _explicit(exported, traced, paths, model)
+    guards = tuple(guard.expr for guard in fake_mode(gm).shape_env.guards)
     _relocate(gm, target)
     literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
     blocks = slab.block_paths if slab is not None and slab.block_paths and block_pattern is None else None
@@ -77,10 +80,11 @@ def capture(
             level=Level.CAPTURED,
             call=CallSpec(signature, tuple(paths), literals, traced.output_leaves, traced.output_spec),
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
-            model_signature=signature_of(model),
+            model_signature=model_signature(model),
             block_paths=tuple(blocks) if blocks is not None else block_paths(model, block_pattern),
             device=target,
             dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+            guards=guards,
             constants=traced.constants,
         ),
     )
@@ -166,16 +170,7 @@ class _Skeleton:
         self.dims = list(dims.values()) if dims is not None else None
         self.output_leaves: tuple[tuple[Any] | None, ...] = ()
         self.output_spec: Any = None
-        self.constants: dict[str, torch.Tensor] = {}
-        memo: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            memo[id(tensor)] = _meta_twin(tensor)
-        for path, module in model.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, torch.Tensor) and id(value) not in memo:
-                    memo[id(value)] = _meta_twin(value)
-                    self.constants[f"{path}.{name}" if path else name] = value
-        self.module = copy.deepcopy(model, memo).eval()
+        self.module, self.constants = skeleton(model)
         self._wrap_forward(build)
 
     @property
@@ -257,6 +252,21 @@ class _Skeleton:
                 "The forward must not branch on tensor values or call untraceable code; with example_inputs you choose "
                 "which optional arguments are traced."
             ) from error
+
+
+def skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The model's modules in eval mode with every tensor on `meta`, and the tensors that are plain attributes, by path.
+
+    Nothing is read or copied but Python objects.
+    """
+    memo: dict[int, Any] = {id(t): _meta_twin(t) for t in (*model.parameters(), *model.buffers())}
+    constants: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = _meta_twin(value)
+                constants[f"{path}.{name}" if path else name] = value
+    return copy.deepcopy(model, memo).eval(), constants
 
 
 def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,18 +20,22 @@ __all__ = ["empty", "infer"]
 _MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def infer(target: Callable[..., Any], args: Any, kwargs: Any, mode: Any = None) -> Any:
     """The `val` that `target` gives for the `val`s of the nodes in `args` and `kwargs`.
 
     The answer depends on the types of the arguments alone, so the same operation on the same types is inferred once: a model
     of 57 equal blocks costs one block.
+
+    Args:
+        mode: the fake tensor mode for an operation that takes no tensor; otherwise the arguments' own is used.
 
     Raises:
         PassError: the operation refuses these arguments.
     """
     nodes: list[fx.Node] = []
     map_arg((args, kwargs), lambda n: nodes.append(n) or n)
-    modes = [mode for node in nodes if (mode := _mode(node.meta.get("val"))) is not None]
+    modes = [found for node in nodes if (found := _mode(node.meta.get("val"))) is not None]
+    modes += [mode] if mode is not None else []
     if not modes:
         return _run(target, args, kwargs, modes)
     memo = _MEMOS.setdefault(modes[0], {})

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from squareq_fx.errors import PassError, VerificationError
+
 __all__ = [
     "CallSpec",
     "Info",
     "Level",
+    "Packed",
     "Program",
     "Stage",
     "clone",
@@ -96,6 +99,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Where one weight lies in its segment's flat buffer: offset and size in bytes, and what it is read as."""
+
+    key: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Program:
     """The graph's record.
 
@@ -107,6 +120,9 @@ class Program:
         block_paths: module paths of the streaming blocks.
         device: where the graph runs.
         dtype: the model's floating point type.
+        guards: conditions on the input sizes under which the trace is the model's program (sympy expressions).
+        segments: for every streamed segment, by name, what its flat buffer holds.
+        arena_bytes: size of the device buffer the scheduled loads own ranges of; 0 before `schedule`.
         constants: tensors that are neither parameter nor buffer, by weight key; shared, never written.
         notes: what a reader should know and no node shows (layers that are never called).
         history: every stage so far, capture first.
@@ -119,6 +135,9 @@ class Program:
     block_paths: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    guards: tuple[Any, ...] = ()
+    segments: Mapping[str, tuple[Packed, ...]] = field(default_factory=dict)
+    arena_bytes: int = 0
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[Stage, ...] = ()
@@ -142,10 +161,10 @@ def program(gm: fx.GraphModule) -> Program:
     """The graph's record.
 
     Raises:
-        KeyError: the graph was not made by `squareq_fx.capture`.
+        PassError: the graph was not made by `squareq_fx.capture`.
     """
     if _KEY not in gm.meta:
-        raise KeyError("this GraphModule has no squareq program record; make it with squareq_fx.capture(model)")
+        raise PassError("this GraphModule has no squareq program record; make it with squareq_fx.capture(model)")
     return gm.meta[_KEY]
 
 
@@ -188,14 +207,14 @@ def fake_mode(gm: fx.GraphModule) -> Any:
     """The `FakeTensorMode` all `val`s of the graph live in.
 
     Raises:
-        KeyError: no node holds a fake tensor.
+        VerificationError: no node holds a fake tensor, so the graph was not made by `capture`.
     """
     for node in gm.graph.nodes:
         val = node.meta.get("val")
         for leaf in val if isinstance(val, tuple | list) else (val,):
             if isinstance(leaf, torch.Tensor) and hasattr(leaf, "fake_mode"):
                 return leaf.fake_mode
-    raise KeyError("no node of this graph has a fake tensor in meta['val']")
+    raise VerificationError("no node of this graph has a fake tensor in meta['val']; start from squareq_fx.capture(model)")
 
 
 def identifier(text: str) -> str:

@@ -9,7 +9,7 @@ from torch import fx
 
 from squareq_fx.ir import functions
 
-__all__ = ["last_uses", "shared_storage"]
+__all__ = ["last_use", "shared_storage"]
 
 # Operations that return their input itself in eval mode although their schema does not say so.
 _MAY_RETURN_INPUT = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"}
@@ -39,15 +39,15 @@ def shared_storage(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
     return roots
 
 
-def last_uses(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The last node that reads `node`'s storage, through views and calls too; `node` itself if none does."""
-    roots = shared_storage(gm)
+def last_use(gm: fx.GraphModule, node: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> fx.Node:
+    """The last node that reads `node`'s storage, through views and calls too; `node` itself if none does.
+
+    Args:
+        roots: what `shared_storage(gm)` gave.
+    """
+    readers = {user for value, sources in roots.items() if node in sources for user in value.users}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    return max(_readers(node, roots) | {node}, key=order.__getitem__)
-
-
-def _readers(root: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> set[fx.Node]:
-    return {user for node, sources in roots.items() if root in sources for user in node.users}
+    return max(readers | {node}, key=order.__getitem__)
 
 
 def _union(roots: dict[fx.Node, frozenset[fx.Node]], nodes: list[fx.Node]) -> frozenset[fx.Node]:

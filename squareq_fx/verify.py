@@ -15,7 +15,7 @@ from torch import fx
 from squareq_fx import ops
 from squareq_fx.errors import PassError, VerificationError
 from squareq_fx.inference import infer
-from squareq_fx.ir import Level, functions, info, model_source, program
+from squareq_fx.ir import Level, fake_mode, functions, info, model_source, program
 from squareq_fx.liveness import shared_storage
 from squareq_fx.specs import short_spec, spec
 
@@ -100,6 +100,7 @@ def check_operations(gm: fx.GraphModule, level: Level, where: str = "") -> None:
 
 def check_values(gm: fx.GraphModule, where: str = "") -> None:
     """Every `meta["val"]` is what its operation gives for the `val`s of its arguments."""
+    mode = fake_mode(gm)
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
@@ -107,7 +108,7 @@ def check_values(gm: fx.GraphModule, where: str = "") -> None:
             raise _broken(node, where, "it has no meta['val']; set it, squareq_fx.edit.call does so for you")
         if node.op in ("placeholder", "get_attr"):
             continue
-        inferred = _called_spec(functions(gm)[node.target], node, where) if node.op == "call_module" else _inferred(node, where)
+        inferred = _called_spec(functions(gm)[node.target], node, where) if node.op == "call_module" else _inferred(node, mode, where)
         stated = spec(node.meta["val"])
         if inferred != stated:
             raise _broken(
@@ -115,9 +116,9 @@ def check_values(gm: fx.GraphModule, where: str = "") -> None:
             )
 
 
-def _inferred(node: fx.Node, where: str) -> str:
+def _inferred(node: fx.Node, mode: Any, where: str) -> str:
     try:
-        return spec(infer(node.target, node.args, node.kwargs))
+        return spec(infer(node.target, node.args, node.kwargs, mode))
     except PassError as error:
         raise _broken(node, where, str(error)) from error
 

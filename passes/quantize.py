@@ -1,0 +1,153 @@
+"""aten.linear(x, w, b)  ->  squareq.int8_linear(x, qweight, scale, zero_point, b)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from squareq_fx import ops
+from squareq_fx.edit import add_weight, call, drop_unused_weights, finish, replace
+from squareq_fx.errors import PassError
+from squareq_fx.inference import empty
+from squareq_fx.ir import Level, clone, fake_mode, info, model_source, program, update_program, weight_inputs
+from squareq_fx.slab.manifest import LayerEntry
+from squareq_fx.slab.reader import Slab
+
+__all__ = ["Quantize"]
+
+_LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Every Linear whose weight is in the slab computes on the slab's INT8 rows.
+
+    Args:
+        slab: x [..., in] bf16, fp16 or fp32; qweight [out, in_padded] int8; scale, zero_point [out] fp32; bias [out] fp32.
+
+    Requires: a graph before outlining.   Preserves: signature, every shape and dtype.
+    Changes: values, within half a step (scale / 2) a weight.
+    A layer called twice becomes two nodes. A layer the model never calls is named in the program's notes.
+
+    Raises:
+        PassError: the slab is of another model; a slab weight is read by anything but a Linear call; shapes differ.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 2.1: vector-wise symmetric weights, here without the outlier split.
+    """
+
+    slab: Slab
+
+    name = "quantize"
+    requires_level = Level.CAPTURED
+    changes_inputs = True
+
+    def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
+        record = program(gm)
+        if record.level >= Level.OUTLINED:
+            raise PassError("quantize works on a flat graph; put it before outline")
+        if record.model_signature != self.slab.signature:
+            raise PassError(
+                f"{self.slab.path} was built from another model: its signature is {self.slab.signature}, that of "
+                f"{record.model_class} is {record.model_signature}. Build a slab from this model with squareq_fx.build_slab."
+            )
+        gm = clone(gm)
+        weights = weight_inputs(gm)
+        never_called = []
+        for name, layer in self.slab.layers.items():
+            weight = weights.get(f"{name}.weight")
+            if weight is None:
+                if f"{name}.qweight" not in weights:
+                    never_called.append(name)
+                continue
+            self._rewrite(gm, weight, layer)
+        drop_unused_weights(gm)
+        finish(gm)
+        notes = record.notes + tuple(f"slab layer {name} is never called by {record.model_class}" for name in never_called)
+        return update_program(gm, level=max(record.level, Level.QUANTIZED), notes=tuple(dict.fromkeys(notes)))
+
+    def ensures(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        """Every call of a slab layer is one int8 node, nothing else is, and no float weight of the slab is left.
+
+        Raises:
+            PassError: naming the layer.
+        """
+        expected = _calls(before, _LINEAR, 1, {f"{n}.weight": n for n in self.slab.layers})
+        already = _calls(before, ops.int8_linear, 1, {e.qweight_key: n for n, e in self.slab.layers.items()})
+        found = _calls(after, ops.int8_linear, 1, {e.qweight_key: n for n, e in self.slab.layers.items()})
+        for name in sorted({*expected, *already, *found}):
+            want = expected.get(name, 0) + already.get(name, 0)
+            if found.get(name, 0) != want:
+                raise PassError(f"layer {name} is called {want} times, but has {found.get(name, 0)} int8 nodes")
+        total = sum(1 for n in after.graph.nodes if n.target is ops.int8_linear)
+        if total != sum(found.values()):
+            raise PassError(f"{total - sum(found.values())} int8 nodes belong to no layer of the slab")
+        left = [key for key in weight_inputs(after) if key.removesuffix(".weight") in self.slab.layers and key.endswith(".weight")]
+        if left:
+            raise PassError(f"the float weight {left[0]} is still an input")
+
+    def _rewrite(self, gm: fx.GraphModule, weight: fx.Node, layer: LayerEntry) -> None:
+        name = layer.canonical_name
+        if tuple(weight.meta["val"].shape) != tuple(layer.orig_shape):
+            raise PassError(
+                f"layer {name}: the model's weight is {tuple(weight.meta['val'].shape)}, the slab's {tuple(layer.orig_shape)}"
+            )
+        for user in weight.users:
+            if user.target is not _LINEAR or user.args[1] is not weight or weight in (user.args[0], *user.args[2:]):
+                raise PassError(
+                    f"the weight of slab layer {name} is read by {user.name} ({user.target}), which is not a Linear call; "
+                    f"build the slab with exclude=[{name!r}]\n  model source: {model_source(user)}"
+                )
+        parts = self._inputs(gm, layer)
+        for user in list(weight.users):
+            self._rewrite_call(user, parts, layer)
+
+    def _inputs(self, gm: fx.GraphModule, layer: LayerEntry) -> dict[str, fx.Node]:
+        mode, device = fake_mode(gm), program(gm).device
+        out, padded = layer.packed_shape
+        shapes = {
+            layer.qweight_key: ((out, padded), torch.int8),
+            layer.scale_key: ((out,), torch.float32),
+            layer.zero_point_key: ((out,), torch.float32),
+        }
+        if layer.bias_key is not None:
+            shapes[layer.bias_key] = ((out,), torch.float32)
+        return {
+            key: add_weight(gm, key, empty(mode, shape, dtype, device), made_by=self.name, layer=layer.canonical_name)
+            for key, (shape, dtype) in shapes.items()
+            if key != layer.bias_key or _reads_own_bias(gm, layer)
+        }
+
+    def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry) -> None:
+        x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+        own = isinstance(bias, fx.Node) and info(bias).key == layer.bias_key
+        quantised = (parts[layer.qweight_key], parts[layer.scale_key], parts[layer.zero_point_key])
+        how = {"like": node, "made_by": self.name, "layer": layer.canonical_name}
+        with node.graph.inserting_before(node):
+            new = call(
+                node.graph,
+                ops.int8_linear,
+                (x, *quantised, parts[layer.bias_key] if own else None),
+                name=layer.canonical_name.replace(".", "_"),
+                **how,  # type: ignore[arg-type]
+            )
+            if bias is not None and not own:  # F.linear with a bias that is not the layer's
+                new = call(node.graph, torch.ops.aten.add.Tensor, (new, bias), **how)  # type: ignore[arg-type]
+        replace(node, new)
+
+
+def _reads_own_bias(gm: fx.GraphModule, layer: LayerEntry) -> bool:
+    weight = weight_inputs(gm)[f"{layer.canonical_name}.weight"]
+    return any(len(u.args) > 2 and isinstance(u.args[2], fx.Node) and info(u.args[2]).key == layer.bias_key for u in weight.users)
+
+
+def _calls(gm: fx.GraphModule, target: object, index: int, names: dict[str, str]) -> dict[str, int]:
+    """How often each layer is called: nodes of `target` whose argument `index` is a weight input named in `names`."""
+    count: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.target is target and isinstance(node.args[index], fx.Node):
+            name = names.get(str(info(node.args[index]).key))
+            if name is not None:
+                count[name] = count.get(name, 0) + 1
+    return count

@@ -1,0 +1,71 @@
+"""`compile`: capture, run the passes, emit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from squareq_fx.capture import capture
+from squareq_fx.emit import CompiledModule, emit
+from squareq_fx.ir import Stage
+from squareq_fx.passes import default_passes
+from squareq_fx.pipeline import Pass, run
+from squareq_fx.runtime.store import Backing
+from squareq_fx.slab import Slab, open_slab
+from squareq_fx.weights import check_same_weights
+
+__all__ = ["compile"]
+
+
+def compile(
+    model: nn.Module,
+    slab: Slab | str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    passes: Iterable[Pass] | None = None,
+    until: str | None = None,
+    device: torch.device | str | None = None,
+    backing: Backing = "host",
+    keep_resident: Iterable[str] = (),
+    slots: int = 2,
+    distance: int = 1,
+    budget: int | None = None,
+    block_pattern: str | None = None,
+    observe: Callable[[Stage], None] | None = None,
+) -> CompiledModule:
+    """A model that computes on a slab's INT8 weights and loads them block by block.
+
+    Args:
+        model: the module, real or on `meta`; it is not changed. On `meta` everything comes from the slab.
+        slab: an opened slab, or the path of one.
+        example_inputs: what the model is called with (dict, tuple, or a pair of both); only sizes and dtypes are read, and
+            every size is dynamic as far as the model allows. Default: the slab's record, else the model's diffusers family.
+        passes: instead of `default_passes(slab, ...)`.
+        until: stop after the pass of this name; the result still runs, with the weights resident.
+        device: where it runs; default: where the model is, the CPU for `meta`.
+        backing: "host" (pinned memory), "disk" (the mapped file), or "resident" (everything on the device).
+        keep_resident: segments that are never evicted.
+        slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
+        block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
+        observe: called after each stage.
+
+    Returns:
+        A runnable `torch.fx.GraphModule`, called as the model is.
+
+    Raises:
+        SlabError: the slab is damaged, of another model, or lacks a weight.
+        CaptureError: the model cannot be captured or it is unknown what to call it with.
+        PassError: a pass refuses the graph or broke it.
+    """
+    opened = slab if isinstance(slab, Slab) else open_slab(slab)
+    check_same_weights(model, opened)
+    if passes is None:
+        passes = default_passes(opened, slots=slots, distance=distance, budget=budget)
+    graph = capture(model, example_inputs, slab=opened, device=device, block_pattern=block_pattern)
+    return emit(run(graph, passes, until=until, observe=observe), model, opened, backing=backing, keep_resident=keep_resident)
+
+
