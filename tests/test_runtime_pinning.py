@@ -1,0 +1,122 @@
+"""Registered host memory: one call per mapping, shared, given back, and done without if CUDA refuses."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from runtime_support import SimEngine, make_store, read, ring_schedule, run_step
+
+from squareq_fx.runtime import Piece, Runtime, Segment, WeightStore, pinning
+
+pytestmark = pytest.mark.timeout(60)
+
+SIZES = (300, 511, 512, 40)
+
+
+@dataclass
+class FakeCudart:
+    """Takes ranges up to `limit` bytes in all, and like CUDA none that overlaps another."""
+
+    limit: int = 1 << 30
+    ranges: dict[int, int] = field(default_factory=dict)
+    calls: int = 0
+
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
+        self.calls += 1
+        assert nbytes > 0 and flags == 0
+        for start, size in self.ranges.items():
+            assert pointer + nbytes <= start or start + size <= pointer, "registered twice"
+        if sum(self.ranges.values()) + nbytes > self.limit:
+            return 2
+        self.ranges[pointer] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        return 0 if self.ranges.pop(pointer, None) else 713
+
+    def cudaGetErrorString(self, code: int) -> str:
+        return f"error {code}"
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
+    fake = FakeCudart()
+    monkeypatch.setattr(pinning, "_cudart", lambda: fake)
+    monkeypatch.setattr(pinning, "_forget_last_error", lambda: None)
+    monkeypatch.setattr(pinning, "_ranges", {})
+    return fake
+
+
+def start(store: WeightStore) -> Runtime:
+    runtime = Runtime(store, arena_bytes=1024, make_engine=lambda device: SimEngine(device, can_pin=True))
+    acts, _ = ring_schedule(list(store.segments), 512, 1)
+    run_step(runtime, acts, lambda block, weights: None)
+    return runtime
+
+
+def test_the_slab_is_one_range_and_the_assembled_segments_another(cudart: FakeCudart) -> None:
+    store, _ = make_store(SIZES)
+    runtime = start(store)
+    assert sorted(cudart.ranges.values()) == sorted([store.data.numel(), 512 + 512])
+    assert runtime.last_step is not None
+    assert runtime.last_step.host_bytes == sum(cudart.ranges.values())
+    runtime.shutdown()
+    runtime.shutdown()
+    assert cudart.ranges == {}
+
+
+def test_models_share_the_range_and_the_last_one_gives_it_back(cudart: FakeCudart) -> None:
+    first, _ = make_store(SIZES)
+    second = WeightStore(first.data, [Segment("s", 100, (Piece(0, 100, 0),))])
+    runtimes = [start(first), start(first), start(second)]
+    assert cudart.calls == 2
+    for runtime in runtimes:
+        assert first.data.data_ptr() in cudart.ranges
+        runtime.shutdown()
+    assert cudart.ranges == {}
+    again = start(second)
+    assert list(cudart.ranges) == [first.data.data_ptr()]
+    again.shutdown()
+
+
+@pytest.mark.parametrize("limit", [0, 1500])
+def test_without_enough_lockable_memory_a_staging_ring_is_used(cudart: FakeCudart, limit: int) -> None:
+    """With the second limit the slab can be registered and the assembled segments cannot."""
+    cudart.limit = limit
+    store, truth = make_store(SIZES)
+    engine = SimEngine(torch.device("cpu"), can_pin=True)
+    runtime = Runtime(store, arena_bytes=1024, make_engine=lambda _: engine)
+    acts, _ = ring_schedule(list(truth), 512, 1)
+
+    def check(block: str, weights: torch.Tensor) -> None:
+        engine.synchronize()
+        assert read(weights) == truth[block]
+
+    with pytest.warns(RuntimeWarning, match="could not be pinned .error 2.*ulimit -l"):
+        run_step(runtime, acts, check)
+    assert cudart.ranges == {} and engine.threads == {"squareq-reader"}
+    runtime.shutdown()
+
+
+def test_nothing_is_registered_that_no_copy_reads_from(cudart: FakeCudart) -> None:
+    for options in (
+        {"backing": "resident"},
+        {"backing": "disk"},
+        {"keep_resident": ["b0", "b1", "b2", "b3"]},
+    ):
+        store, _ = make_store(SIZES, **options)  # type: ignore[arg-type]
+        start(store).shutdown()
+    assert cudart.calls == 0
+
+
+def test_a_refused_unregistration_is_a_warning(cudart: FakeCudart) -> None:
+    runtime = start(make_store(SIZES)[0])
+    cudart.ranges.clear()
+    with pytest.warns(UserWarning, match="did not unregister 1427 bytes of host memory: error 713"):
+        runtime.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime.shutdown()
