@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
+from squareq_fx import ops
 from squareq_fx.errors import PassError
 from squareq_fx.specs import spec
 
@@ -50,7 +52,18 @@ class _Typed(str):
         return f"<{self!s}>"
 
 
+def _unpacked(weights: torch.Tensor, offset: int, size: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The type of `squareq.unpack`, without making its three views: a model has thousands."""
+    if offset < 0 or offset + math.prod(size) * dtype.itemsize > weights.shape[0]:
+        raise ValueError(f"bytes {offset} and on of {size} {dtype} are not inside a buffer of {weights.shape[0]}")
+    return weights.new_empty(size, dtype=dtype)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {ops.unpack: _unpacked}
+
+
 def _run(target: Callable[..., Any], args: Any, kwargs: Any, modes: list[Any]) -> Any:
+    target = _RULES.get(target, target)
     fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
     try:
         if not modes:
