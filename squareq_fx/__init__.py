@@ -8,6 +8,7 @@
 from squareq_fx._version import __version__
 from squareq_fx.api import compile
 from squareq_fx.capture import capture
+from squareq_fx.draw import draw
 from squareq_fx.emit import CompiledModule
 from squareq_fx.errors import (
     BindingError,
@@ -21,6 +22,7 @@ from squareq_fx.errors import (
 from squareq_fx.inlining import inline
 from squareq_fx.passes import default_passes, insert_after
 from squareq_fx.pipeline import run
+from squareq_fx.show import show
 from squareq_fx.slab import Slab, build_slab, open_slab
 
 __all__ = [
@@ -38,8 +40,10 @@ __all__ = [
     "capture",
     "compile",
     "default_passes",
+    "draw",
     "inline",
     "insert_after",
     "open_slab",
     "run",
+    "show",
 ]
