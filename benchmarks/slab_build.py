@@ -195,18 +195,18 @@ def report(nbytes: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]], day:
             f"Command: `python benchmarks/slab_build.py --output benchmarks/results/slab_build.md`, {day}.",
             f"Hardware: {hardware()}; {torch.get_num_threads()} torch thread(s); load average of the machine "
             f"while measuring {os.getloadavg()[1]:.1f}.",
-            f"Versions: Python {platform.python_version()}, torch {torch.__version__}, squareq_fx {__version__}.",
+            f"Versions: Python {platform.python_version()}, torch {torch.__version__}, "
+            f"squareq_fx {__version__}.",
             f"Checkpoint: {nbytes / 1e9:.2f} GB bf16, sharded; slab: {pairs[0][0]['slab'] / 1e9:.2f} GB.",
             "",
-            "| run | build, fsync included: wall / cpu | its extra resident memory | quantising in memory: wall / cpu |",
+            "| run | build, fsync included: wall / cpu | its extra memory | quantising in memory: wall / cpu |",
             "|---|---|---|---|",
             *rows,
             "",
             f"Median wall time {median(0, 'seconds'):.1f} s against {median(1, 'seconds'):.1f} s: "
             f"{median(1, 'seconds') / median(0, 'seconds'):.2f} times the speed of",
-            "quantising the loaded model, which neither reads nor writes nor measures anything. Extra memory at most "
-            f"{extra:.0f} MiB",
-            "(allowed: 1024 MiB).",
+            "quantising the loaded model, which neither reads nor writes nor measures anything.",
+            f"Extra memory at most {extra:.0f} MiB (allowed: 1024 MiB).",
         ]
     )
 

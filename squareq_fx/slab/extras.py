@@ -24,6 +24,7 @@ __all__ = ["EXTRAS_KEY", "Extras", "pack_slab_header", "parse_extras"]
 
 EXTRAS_KEY = "squareq_fx"
 _FORMAT = 1
+_SEAL = "header_sha256"
 _NO_HASH = "0" * 64
 _NO_CHECKSUM = "0" * 16
 _WIDEST_FLOAT = -1.23456789e-123
@@ -97,6 +98,9 @@ def parse_extras(header: Header, problems: list[str]) -> Extras | None:
     """
     text = header.metadata.get(EXTRAS_KEY)
     if text is None:
+        # One flipped bit in the key must not turn the slab into one without checksums and passthrough.
+        if any(_SEAL in value for value in header.metadata.values()):
+            problems.append(f"the header's metadata is damaged: its key is not {EXTRAS_KEY!r}")
         return None
     try:
         document = strict_json.loads(text, "the squareq_fx metadata")

@@ -4,6 +4,7 @@ work is done.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -88,15 +89,14 @@ def select_layers(
         prefixes = _as_tuple(include_prefixes)
         chosen = {name: m for name, m in linears.items() if name.startswith(prefixes)}
         problems += [
-            f"include_prefixes: no Linear layer's name starts with {prefix!r}"
+            f"include_prefixes: no Linear layer's name starts with {prefix!r}{_nearest(prefix, linears)}"
             for prefix in prefixes
             if not any(name.startswith(prefix) for name in linears)
         ]
     for pattern in _as_tuple(exclude):
         matched = {name for name in linears if name == pattern or fnmatch.fnmatchcase(name, pattern)}
         if not matched:
-            examples = ", ".join(list(linears)[:3])
-            problems.append(f"exclude: {pattern!r} matches no Linear layer; their names look like {examples}")
+            problems.append(f"exclude: {pattern!r} matches no Linear layer{_nearest(pattern, linears)}")
         chosen = {name: m for name, m in chosen.items() if name not in matched}
     for name, linear in chosen.items():
         if linear._parameters.get("weight") is None:
@@ -219,6 +219,11 @@ def _differ(source: Source, one: str, other: str) -> bool:
         if not torch.equal(first, source.tensors.read(other, start, stop).view(torch.uint8)):
             return True
     return False
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, 3, 0.0)
+    return f"; the nearest are {', '.join(near)}" if near else "; the model has none"
 
 
 def _as_tuple(names: Iterable[str]) -> tuple[str, ...]:

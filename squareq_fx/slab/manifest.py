@@ -162,7 +162,8 @@ def parse_manifest(raw: bytes, name: str, problems: list[str]) -> Manifest | Non
     problems += [f"layer {name!a} is listed twice" for name, n in Counter(names).items() if n > 1]
     if names != sorted(names):
         problems.append("layers are not sorted by canonical_name")
-    return Manifest(**{**document, "layers": tuple(entries)})
+    head = {field.name: document[field.name] for field in fields(Manifest)}
+    return Manifest(**{**head, "layers": tuple(entries)})
 
 
 def check_tensors(manifest: Manifest, tensors: dict[str, TensorEntry], problems: list[str]) -> None:

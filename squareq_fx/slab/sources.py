@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import xxhash
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from squareq_fx.errors import SlabError
 from squareq_fx.slab.checksums import raw_bytes
@@ -45,10 +46,17 @@ class TensorSource(Protocol):
 
 
 class MemoryTensors:
-    """Tensors that are in memory already, on any device; each is moved to the CPU in pieces."""
+    """Tensors that are in memory already, on any device; each is moved to the CPU in pieces.
+
+    One that is not initialised yet has no dtype or shape and is left out.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._tensors = {
+            name: tensor.detach()
+            for name, tensor in tensors.items()
+            if not isinstance(tensor, UninitializedTensorMixin)
+        }
         self._flat: tuple[str, torch.Tensor] | None = None
         self.specs = {name: SourceTensor(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
 
