@@ -2,6 +2,6 @@
 
 if __name__ == "kernels":
     raise ImportError(
-        "import squareq_fx.kernels instead: `import kernels` from the repository's folder would make a second "
-        "copy of it"
+        "import squareq_fx.kernels instead: `import kernels` from the repository's folder would make "
+        "a second copy of it"
     )
