@@ -7,15 +7,19 @@ on. Source: https://docs.pytorch.org/docs/stable/export.html
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from squareq_fx.blocks import block_paths
@@ -191,7 +195,8 @@ class _Skeleton:
             tokens, tensors = flat[:count], flat[count:]
             owner._state_relations(tokens, tensors)
             call = build(tensors)
-            return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc]
+            with _Literals():
+                return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc]
 
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
         self.module.__class__ = traced
@@ -240,7 +245,7 @@ class _Skeleton:
     def _try(self, tensors: list[torch.Tensor], dynamic: list[dict[int, Any]]) -> Any:
         fresh = tuple(_on_meta(t) for t in tensors)  # Dim.AUTO marks the tensors it is given
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), _paused_collector():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
                 if any(_mutates(node) for node in exported.graph.nodes):
@@ -252,6 +257,21 @@ class _Skeleton:
                 "The forward must not branch on tensor values or call untraceable code; with example_inputs you choose "
                 "which optional arguments are traced."
             ) from error
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor([1, 2], device=x.device)` keeps its value: on `meta` it would have none, so it is made on the CPU and moved."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0] if args else None, torch.Tensor):
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "meta":
+                return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+        elif func is torch.Tensor.new_tensor and args[0].device.type == "meta":
+            options = {"dtype": args[0].dtype, **kwargs, "device": "cpu"}
+            return torch.tensor(*args[1:], **options).to(kwargs.get("device") or "meta")
+        return func(*args, **kwargs)
 
 
 def skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -282,6 +302,18 @@ def _widen_batch(tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
         torch.empty((2, *t.shape[1:]), dtype=t.dtype, device="meta") if t.dim() and t.shape[0] == 1 else t
         for t in tensors
     ]
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Tracing makes millions of objects that stay; collecting garbage among them costs a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _reason(error: BaseException) -> str:
@@ -342,6 +374,11 @@ def _weight_key(spec: Any, exported: Any, traced: _Skeleton) -> str:
     key = spec.target
     if spec.kind.name == "CONSTANT_TENSOR" and key not in traced.constants:
         value = exported.constants[key]
+        if value.is_meta or isinstance(value, FakeTensor):
+            raise CaptureError(
+                f"{traced.model_name}: forward makes a constant ({key}) on the device of its inputs in a way that cannot be "
+                "traced; make it with torch.tensor, or register it as a buffer"
+            )
         traced.constants[key] = value.detach()
     return key
 
@@ -385,6 +422,6 @@ def _relocate(gm: fx.GraphModule, device: torch.device) -> None:
         if node.op == "call_function":
             # Some layouts depend on the device (attention on the CPU returns another stride order than on meta).
             val = infer(node.target, node.args, node.kwargs)
-            if spec(val) != spec(node.meta["val"]):
+            if "val" not in node.meta or spec(val) != spec(node.meta["val"]):  # decomposing drops some
                 node.meta["val"] = val
     gm.recompile()
