@@ -199,7 +199,7 @@ def report(nbytes: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]], day:
             f"squareq_fx {__version__}.",
             f"Checkpoint: {nbytes / 1e9:.2f} GB bf16, sharded; slab: {pairs[0][0]['slab'] / 1e9:.2f} GB.",
             "",
-            "| run | build, fsync included: wall / cpu | its extra memory | quantising in memory: wall / cpu |",
+            "| run | build, fsync included: wall / cpu | extra memory | quantising in memory: wall / cpu |",
             "|---|---|---|---|",
             *rows,
             "",

@@ -392,6 +392,17 @@ def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
         build_slab(TinyNet(), tmp_path / "file" / "s", progress=False)
 
 
+def test_the_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file(TinyNet().state_dict(), file)
+    before = file.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(file)
+    for target in (file, tmp_path / "w", tmp_path / "link"):
+        with pytest.raises(SlabError, match="checkpoint itself"):
+            build_slab(file, target, model_class=TinyNet, progress=False)
+    assert file.read_bytes() == before
+
+
 def test_directories_are_made(tmp_path: Path) -> None:
     build_slab(TinyNet(), tmp_path / "a" / "b" / "flux.1-dev", progress=False)
     assert open_slab(tmp_path / "a" / "b" / "flux.1-dev").path.name == "flux.1-dev.safetensors"

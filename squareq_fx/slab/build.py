@@ -75,6 +75,10 @@ def build_slab(
     paths = SlabPaths.of(path)
     opened = open_source(source, model_class)
     try:
+        if paths.data.exists() and any(paths.data.samefile(file) for file in opened.files):
+            raise SlabError(
+                f"{paths.data} is the checkpoint itself and would be overwritten; choose another path"
+            )
         plan = make_plan(
             opened,
             include_prefixes=include_prefixes,

@@ -32,12 +32,14 @@ class Source:
         tensors: everything that is stored.
         stored: the names a checkpoint holds; None if the source is a module.
         what: how messages name it.
+        files: the checkpoint's, empty if the source is a module.
     """
 
     model: nn.Module
     tensors: TensorSource
     stored: frozenset[str] | None
     what: str
+    files: tuple[Path, ...] = ()
 
 
 def open_source(source: nn.Module | str | os.PathLike[str], model_class: ModelClass | None) -> Source:
@@ -66,7 +68,7 @@ def open_source(source: nn.Module | str | os.PathLike[str], model_class: ModelCl
     front = Checkpoint(files)
     stored = frozenset(front.specs)
     back = {n: t for n, t in named_tensors(model).items() if n not in stored and t.device.type != "meta"}
-    return Source(model, Overlay(front, MemoryTensors(back)), stored, str(path))
+    return Source(model, Overlay(front, MemoryTensors(back)), stored, str(path), tuple(files))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Any]:
