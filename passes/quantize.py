@@ -54,16 +54,13 @@ class Quantize:
             )
         gm = clone(gm)
         weights = weight_inputs(gm)
-        never_called = []
-        for name, layer in self.slab.layers.items():
-            weight = weights.get(f"{name}.weight")
-            if weight is None:
-                if f"{name}.qweight" not in weights:
-                    never_called.append(name)
-                continue
-            self._rewrite(gm, weight, layer)
+        for key, layers in self._layers_by_weight(gm).items():
+            if key in weights:
+                self._rewrite(gm, weights[key], layers)
         drop_unused_weights(gm)
         finish(gm)
+        called = {info(n).layer for n in gm.graph.nodes if n.target is ops.int8_linear}
+        never_called = [name for name in self.slab.layers if name not in called]
         notes = record.notes + tuple(f"slab layer {name} is never called by {record.model_class}" for name in never_called)
         return update_program(gm, level=max(record.level, Level.QUANTIZED), notes=tuple(dict.fromkeys(notes)))
 
@@ -73,9 +70,12 @@ class Quantize:
         Raises:
             PassError: naming the layer.
         """
-        expected = _calls(before, _LINEAR, 1, {f"{n}.weight": n for n in self.slab.layers})
-        already = _calls(before, ops.int8_linear, 1, {e.qweight_key: n for n, e in self.slab.layers.items()})
-        found = _calls(after, ops.int8_linear, 1, {e.qweight_key: n for n, e in self.slab.layers.items()})
+        by_weight = self._layers_by_weight(before)
+        names = {key: " and ".join(e.canonical_name for e in entries) for key, entries in by_weight.items()}
+        quantised = {e.qweight_key: names[key] for key, entries in by_weight.items() for e in entries}
+        expected = _calls(before, _LINEAR, 1, names)
+        already = _calls(before, ops.int8_linear, 1, quantised)
+        found = _calls(after, ops.int8_linear, 1, quantised)
         for name in sorted({*expected, *already, *found}):
             want = expected.get(name, 0) + already.get(name, 0)
             if found.get(name, 0) != want:
@@ -87,23 +87,41 @@ class Quantize:
         if left:
             raise PassError(f"the float weight {left[0]} is still an input")
 
-    def _rewrite(self, gm: fx.GraphModule, weight: fx.Node, layer: LayerEntry) -> None:
-        name = layer.canonical_name
-        if tuple(weight.meta["val"].shape) != tuple(layer.orig_shape):
-            raise PassError(
-                f"layer {name}: the model's weight is {tuple(weight.meta['val'].shape)}, the slab's {tuple(layer.orig_shape)}"
-            )
-        for user in weight.users:
-            if user.target is not _LINEAR or user.args[1] is not weight or weight in (user.args[0], *user.args[2:]):
-                raise PassError(
-                    f"the weight of slab layer {name} is read by {user.name} ({user.target}), which is not a Linear call; "
-                    f"build the slab with exclude=[{name!r}]\n  model source: {model_source(user)}"
-                )
-        parts = self._inputs(gm, layer)
-        for user in list(weight.users):
-            self._rewrite_call(user, parts, layer)
+    def _layers_by_weight(self, gm: fx.GraphModule) -> dict[str, list[LayerEntry]]:
+        """The slab's layers by the key of their weight in the graph; several if they share one tensor."""
+        tied = program(gm).tied
+        found: dict[str, list[LayerEntry]] = {}
+        for name, layer in self.slab.layers.items():
+            found.setdefault(tied.get(f"{name}.weight", f"{name}.weight"), []).append(layer)
+        return found
 
-    def _inputs(self, gm: fx.GraphModule, layer: LayerEntry) -> dict[str, fx.Node]:
+    def _rewrite(self, gm: fx.GraphModule, weight: fx.Node, layers: list[LayerEntry]) -> None:
+        shape, key = tuple(weight.meta["val"].shape), info(weight).key
+        for layer in layers:
+            if shape != tuple(layer.orig_shape):
+                raise PassError(
+                    f"layer {layer.canonical_name}: the model's weight is {shape}, the slab's {tuple(layer.orig_shape)}"
+                )
+        own = next((e.canonical_name for e in layers if key == f"{e.canonical_name}.weight"), None)
+        calls = []
+        for user in weight.users:
+            if user.target is _LINEAR and user.args[1] is weight and weight not in (user.args[0], *user.args[2:]):
+                calls.append(user)
+            elif own is not None:  # else it goes by another name: an embedding's, say, that the layer is tied to
+                raise PassError(
+                    f"the weight of slab layer {own} is read by {user.name} ({user.target}), which is not a Linear call; "
+                    f"build the slab with exclude=[{own!r}]\n  model source: {model_source(user)}"
+                )
+        for layer in layers:
+            mine = [user for user in calls if _called_layer(user, layers) is layer]
+            if mine:
+                parts = self._inputs(gm, weight, layer, any(_reads_bias(user, layer) for user in mine))
+                for user in mine:
+                    self._rewrite_call(user, parts, layer)
+
+    def _inputs(
+        self, gm: fx.GraphModule, weight: fx.Node, layer: LayerEntry, with_bias: bool
+    ) -> dict[str, fx.Node]:
         mode, device = fake_mode(gm), program(gm).device
         out, padded = layer.packed_shape
         shapes = {
@@ -114,14 +132,14 @@ class Quantize:
         if layer.bias_key is not None:
             shapes[layer.bias_key] = ((out,), torch.float32)
         return {
-            key: add_weight(gm, key, empty(mode, shape, dtype, device), made_by=self.name, layer=layer.canonical_name)
+            key: add_weight(weight, key, empty(mode, shape, dtype, device), made_by=self.name, layer=layer.canonical_name)
             for key, (shape, dtype) in shapes.items()
-            if key != layer.bias_key or _reads_own_bias(gm, layer)
+            if key != layer.bias_key or with_bias
         }
 
     def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry) -> None:
         x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-        own = isinstance(bias, fx.Node) and info(bias).key == layer.bias_key
+        own = _reads_bias(node, layer)
         quantised = (parts[layer.qweight_key], parts[layer.scale_key], parts[layer.zero_point_key])
         how = {"like": node, "made_by": self.name, "layer": layer.canonical_name}
         with node.graph.inserting_before(node):
@@ -137,9 +155,16 @@ class Quantize:
         replace(node, new)
 
 
-def _reads_own_bias(gm: fx.GraphModule, layer: LayerEntry) -> bool:
-    weight = weight_inputs(gm)[f"{layer.canonical_name}.weight"]
-    return any(len(u.args) > 2 and isinstance(u.args[2], fx.Node) and info(u.args[2]).key == layer.bias_key for u in weight.users)
+def _called_layer(node: fx.Node, layers: list[LayerEntry]) -> LayerEntry:
+    """Which of the layers that share a weight this call is of: the module it was traced in, else the first."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else ""
+    return next((layer for layer in layers if layer.canonical_name == path), layers[0])
+
+
+def _reads_bias(node: fx.Node, layer: LayerEntry) -> bool:
+    bias = node.args[2] if len(node.args) > 2 else None
+    return isinstance(bias, fx.Node) and info(bias).key == layer.bias_key
 
 
 def _calls(gm: fx.GraphModule, target: object, index: int, names: dict[str, str]) -> dict[str, int]:

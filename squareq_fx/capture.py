@@ -90,6 +90,7 @@ def capture(
             dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
             guards=guards,
             constants=traced.constants,
+            tied=_tied(model),
         ),
     )
 
@@ -342,6 +343,7 @@ def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Modu
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     ordered = sorted(zip(placeholders, specs), key=lambda pair: pair[1].kind != kinds.USER_INPUT)
     position = iter(users)
+    tied, made = _tied(model), {}
     for node, spec in ordered:
         if spec.kind == kinds.USER_INPUT:
             key, kind = next(position), "input"
@@ -350,10 +352,14 @@ def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Modu
                 continue
         else:
             key, kind = _weight_key(spec, exported, traced), "weight"
+            key = tied.get(key, key)
+            if key in made:
+                env[node] = made[key]
+                continue
         new = graph.placeholder(identifier(key))
         new.meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
         set_info(new, kind=kind, key=key)
-        env[node] = new
+        env[node] = made[key] = new
     env.update(_spell_tokens(graph, tokens, traced, [n for n in graph.nodes if info(n).kind == "input"]))
     for node in exported.graph.nodes:
         if node.op == "placeholder" or node in env:
@@ -368,6 +374,21 @@ def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Modu
 
 
 _KEPT_META = {"val", "stack_trace", "nn_module_stack"}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """For every further name of a parameter or buffer the one it goes by: the first outside a Linear, else the first.
+
+    So a tensor is one input of the graph however often it is registered, and a Linear that shares the weight of an embedding
+    can be quantised while the embedding keeps the tensor.
+    """
+    names: dict[int, list[tuple[bool, str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append((isinstance(module, nn.Linear), f"{path}.{leaf}" if path else leaf))
+    groups = [(min(group, key=lambda entry: entry[0])[1], group) for group in names.values() if len(group) > 1]
+    return {name: key for key, group in groups for _, name in group if name != key}
 
 
 def _weight_key(spec: Any, exported: Any, traced: _Skeleton) -> str:

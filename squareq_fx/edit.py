@@ -44,11 +44,12 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-def add_weight(gm: fx.GraphModule, key: str, val: torch.Tensor, *, made_by: str, layer: str | None = None) -> fx.Node:
-    """A new weight input after the last placeholder; `val` is a fake tensor."""
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-    with gm.graph.inserting_after(last):
-        node = gm.graph.placeholder(identifier(key))
+def add_weight(
+    before: fx.Node, key: str, val: torch.Tensor, *, made_by: str, layer: str | None = None
+) -> fx.Node:
+    """A new weight input ahead of the placeholder `before`; `val` is a fake tensor (`inference.empty`)."""
+    with before.graph.inserting_before(before):
+        node = before.graph.placeholder(identifier(key))
     node.meta["val"] = val
     return set_info(node, kind="weight", key=key, layer=layer, made_by=made_by)
 

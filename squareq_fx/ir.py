@@ -124,6 +124,7 @@ class Program:
         segments: for every streamed segment, by name, what its flat buffer holds.
         arena_bytes: size of the device buffer the scheduled loads own ranges of; 0 before `schedule`.
         constants: tensors that are neither parameter nor buffer, by weight key; shared, never written.
+        tied: other names of a weight (tied tensors, shared modules), each to the key the graph knows it by.
         notes: what a reader should know and no node shows (layers that are never called).
         history: every stage so far, capture first.
     """
@@ -139,6 +140,7 @@ class Program:
     segments: Mapping[str, tuple[Packed, ...]] = field(default_factory=dict)
     arena_bytes: int = 0
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[Stage, ...] = ()
 
