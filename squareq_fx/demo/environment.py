@@ -1,0 +1,39 @@
+"""With what and on what a run was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from squareq_fx._version import __version__
+
+__all__ = ["describe_environment", "processor_name"]
+
+
+def describe_environment(device: torch.device) -> list[tuple[str, str]]:
+    """(name, value) pairs for a table. Asks CUDA for a name only if `device` is a CUDA device."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
+    return [
+        ("squareq_fx", __version__),
+        *((name, version(name)) for name in ("torch", "diffusers")),
+        ("Python", platform.python_version()),
+        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        ("processor", f"{processor_name()}; {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
+        ("device of the run", where),
+        ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's marketing name where Linux tells it, else what Python knows."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

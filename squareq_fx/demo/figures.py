@@ -1,0 +1,197 @@
+"""The report's figures, from plain data to SVG text. They draw and know nothing of models or slabs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from squareq_fx.demo.sampling import to_grid
+from squareq_fx.demo.timeline import Timeline
+
+__all__ = [
+    "LayerFidelity",
+    "digits_figure",
+    "fidelity_figure",
+    "stages_figure",
+    "timeline_figure",
+]
+
+INK, MUTED, FAINT = "#1f2933", "#616e7c", "#e4e7eb"
+BLUE, ORANGE, GREEN, VIOLET = "#2563eb", "#ea8a1f", "#0f9d76", "#7c4dbd"
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text, and the page's own font applies to it
+    "svg.hashsalt": "squareq_fx",  # the same data gives the same file
+}
+
+
+@dataclass(frozen=True)
+class LayerFidelity:
+    """How close one layer's INT8 weight is to its float weight: both figures over all its entries."""
+
+    name: str
+    group: str
+    cosine: float
+    relative_l2: float
+
+
+def digits_figure(float_samples: torch.Tensor, int8_samples: torch.Tensor) -> str:
+    """Both grids and their difference. Samples `[10 * columns, 1, 8, 8]` in [0, 1] -> SVG."""
+    difference = to_grid(int8_samples - float_samples).numpy()
+    reach = max(abs(difference).max(), 1e-6)
+    drawn_by = (("Float", float_samples), ("INT8, streamed", int8_samples))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11.5, 4.45), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        for axes, (title, samples) in zip((left, middle), drawn_by):
+            axes.imshow(to_grid(samples).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(title)
+        drawn = right.imshow(difference, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+        right.set_title("Difference, INT8 minus float")
+        figure.colorbar(drawn, ax=right, label="difference in pixel value", shrink=0.85)
+        for axes in (left, middle, right):
+            axes.set(xticks=[], yticks=range(4, 90, 9), yticklabels=range(10) if axes is left else [])
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+        left.set_ylabel("class asked for")
+        return _svg(figure)
+
+
+def timeline_figure(timeline: Timeline) -> str:
+    """Arena bytes in use over one step; below, which block held which bytes from load to evict. -> SVG"""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11.5, 5.2), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
+        times, held = zip((0.0, 0), *timeline.in_use, (timeline.step_ms, timeline.in_use[-1][1]))
+        kib = [value / 1024 for value in held]
+        arena = timeline.arena_bytes / 1024
+        top.fill_between(times, kib, step="post", color=BLUE, alpha=0.22, linewidth=0)
+        top.step(times, kib, where="post", color=BLUE, linewidth=1.4, label="in use")
+        top.axhline(arena, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="arena")
+        top.set(ylim=(0, arena * 1.18), ylabel="KiB", title="Weight bytes held in the arena")
+        top.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.22))
+        _draw_stays(bottom, timeline)
+        bottom.set(
+            xlim=(0, times[-1]),
+            ylim=(arena, 0),
+            xlabel="milliseconds since the step began",
+            ylabel="arena offset, KiB",
+            title="Which block holds which bytes, from prefetch over load to evict",
+        )
+        return _svg(figure)
+
+
+def _draw_stays(axes: Axes, timeline: Timeline) -> None:
+    colours = (BLUE, GREEN, ORANGE, VIOLET)
+    for index, stay in enumerate(timeline.stays):
+        colour = colours[index % len(colours)]
+        rows = (stay.offset / 1024, stay.nbytes / 1024)
+        loaded = stay.evicted if stay.loaded is None else stay.loaded
+        ahead, used = (stay.claimed, loaded - stay.claimed), (loaded, stay.evicted - loaded)
+        axes.broken_barh([ahead], rows, color=colour, alpha=0.25, linewidth=0)
+        axes.broken_barh([used], rows, color=colour, alpha=0.55, linewidth=0)
+        if stay.evicted - stay.claimed > 0.008 * len(stay.name) * timeline.step_ms:
+            middle = ((stay.claimed + stay.evicted) / 2, rows[0] + rows[1] / 2)
+            axes.text(*middle, stay.name, ha="center", va="center", fontsize=8)
+    handles = [
+        Patch(facecolor=MUTED, alpha=0.25, label="prefetched"),
+        Patch(facecolor=MUTED, alpha=0.55, label="loaded"),
+    ]
+    axes.legend(handles=handles, loc="upper right", ncols=2, bbox_to_anchor=(1, 1.17))
+
+
+def fidelity_figure(layers: Sequence[LayerFidelity]) -> str:
+    """Relative L2 error and cosine of every layer's weight, in execution order, blocks shaded. -> SVG"""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        positions = range(len(layers))
+        for axes in (top, bottom):
+            _shade_groups(axes, [layer.group for layer in layers])
+        top.vlines(positions, 0, [layer.relative_l2 for layer in layers], color=BLUE, linewidth=1, alpha=0.5)
+        top.plot(positions, [layer.relative_l2 for layer in layers], "o", color=BLUE, markersize=4)
+        top.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+        top.set(
+            ylim=(0, 1.25 * max(layer.relative_l2 for layer in layers)),
+            ylabel="‖error‖ / ‖weight‖",
+            title="Relative L2 error of each INT8 weight",
+        )
+        bottom.plot(positions, [1 - layer.cosine for layer in layers], "o", color=ORANGE, markersize=4)
+        bottom.set(
+            ylim=(0, 1.25 * max(1 - layer.cosine for layer in layers)),
+            ylabel="1 - cosine",
+            xlabel="layer, in execution order",
+            title="Distance of each INT8 weight's direction from the float weight's (smaller is better)",
+            xlim=(-0.6, len(layers) - 0.4),
+        )
+        for axes in (top, bottom):
+            axes.grid(False, axis="x")
+        return _svg(figure)
+
+
+def _shade_groups(axes: Axes, groups: Sequence[str]) -> None:
+    first = 0
+    for end in range(1, len(groups) + 1):
+        if end < len(groups) and groups[end] == groups[first]:
+            continue
+        if groups[first]:
+            axes.axvspan(first - 0.5, end - 0.5, color="#f3f6fa", linewidth=0, zorder=0)
+            axes.axvline(end - 0.5, color="white", linewidth=2, zorder=0)
+            axes.annotate(
+                groups[first],
+                xy=((first + end - 1) / 2, 0.96),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=8,
+                color=MUTED,
+            )
+        first = end
+
+
+def stages_figure(stages: Sequence[tuple[str, float]]) -> str:
+    """Seconds of each stage of the demonstration as one horizontal bar a stage. -> SVG"""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11.5, 0.38 * len(stages) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        names, seconds = zip(*stages)
+        bars = axes.barh(names, seconds, color=BLUE, alpha=0.75, height=0.62)
+        axes.bar_label(bars, fmt="%.1f s", padding=4, color=INK)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds", xlim=(0, max(seconds) * 1.1), title="Time of each stage")
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=200)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]  # without the XML prologue, whose doctype names an outside address

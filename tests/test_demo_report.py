@@ -1,0 +1,146 @@
+"""The report page: made from plain data, one file, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from squareq_fx.demo.figures import LayerFidelity
+from squareq_fx.demo.report import (
+    PassRow,
+    Report,
+    Similarity,
+    SizeRow,
+    format_bytes,
+    format_seconds,
+    highlight,
+    render,
+    write_report,
+)
+from squareq_fx.demo.timeline import Residency, Timeline
+
+SVG = '<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="9"><title>drawn</title></svg>'
+TIMELINE = Timeline(
+    in_use=((1.0, 4096), (2.0, 8192), (4.0, 4096), (7.0, 0)),
+    stays=(
+        Residency("blocks.0", 0, 1.0, 1.0, 4.0, 0, 4096),
+        Residency("blocks.1", 0, 2.0, 4.5, 7.0, 4096, 4096),
+    ),
+    arena_bytes=8192,
+    step_ms=8.0,
+)
+
+
+def make_report() -> Report:
+    samples = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Report(
+        float_samples=samples,
+        int8_samples=samples.flip(0),
+        recognised=(0.99, 0.98),
+        similarities=[Similarity.of("one model call", samples + 0.01, samples)],
+        layers=[
+            LayerFidelity("blocks.0.q", "blocks.0", 0.9999, 0.01),
+            LayerFidelity("out", "", 0.9998, 0.02),
+        ],
+        top_level_svg=SVG,
+        block_name="block<0>",
+        block_svg=SVG,
+        code="def forward(self, x):\n    return x < 1",
+        functions=1,
+        blocks=2,
+        timeline=TIMELINE,
+        sizes=[SizeRow("slab", 12345, "on disk")],
+        passes=[PassRow("capture", 10, 2, 30, "traced", 0.5)],
+        stages=[("build", 1.5), ("compile", 20.0)],
+        environment=[("torch", "2.13")],
+    )
+
+
+class Links(HTMLParser):
+    """Collects what a browser would fetch, and checks that elements close in order."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.targets += [
+            value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "data"}
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def test_page_is_well_formed_and_fetches_nothing() -> None:
+    page = render(make_report())
+    links = Links()
+    links.feed(page)
+    assert not links.open
+    outside = [t for t in links.targets if not t.startswith(("#", "data:"))]
+    assert not outside
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert "<script" not in page and "<!DOCTYPE svg" not in page and "<?xml" not in page
+
+
+def test_page_shows_every_part_and_escapes_text() -> None:
+    page = render(make_report())
+    for part in ("block&lt;0&gt;", "blocks.0.q", "99.0%", "98.0%", "12,345", "12.1 KiB", "capture", "20.0 s"):
+        assert part in page, part
+    assert page.count("<title>drawn</title>") == 2
+    assert page == render(make_report())
+
+
+def test_classifier_is_optional() -> None:
+    page = render(dataclasses.replace(make_report(), recognised=None))
+    assert "Install scikit-learn" in page and "recognises" not in page
+
+
+def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = write_report(make_report(), tmp_path / "deep" / "report.html")
+    before = path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError):
+        write_report(dataclasses.replace(make_report(), top_level_svg="not a drawing"), path)
+    assert path.read_text(encoding="utf-8") == before
+    assert [f.name for f in path.parent.iterdir()] == ["report.html"]
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n"), max_size=80))
+def test_highlighting_changes_no_character(code: str) -> None:
+    plain = html.unescape(re.sub(r"<[^>]*>", "", highlight(code)))
+    trimmed = "\n".join(line.rstrip() for line in code.split("\n"))
+    assert plain.strip("\n").rstrip() == trimmed.strip("\n").rstrip()
+
+
+def test_similarity_of_known_vectors() -> None:
+    same = Similarity.of("x", torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]))
+    assert (same.cosine, same.relative_l2, same.largest) == (pytest.approx(1.0), 0.0, 0.0)
+    off = Similarity.of("x", torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+    assert off.relative_l2 == pytest.approx(0.1) and off.largest == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="shapes differ"):
+        Similarity.of("x", torch.ones(2), torch.ones(2, 1))
+
+
+def test_units() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 20, 5 << 30)] == [
+        "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]  # fmt: skip
+    assert [format_seconds(s) for s in (0.0123, 3.21)] == ["12 ms", "3.2 s"]
