@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import import_module
 from types import ModuleType
@@ -13,11 +14,11 @@ from squareq_fx.kernels.arguments import check_linear
 
 __all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear"]
 
-FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
+FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 0}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
 
-The temporary costs its traffic once; the fused kernel loses to cuBLAS in every row, and in float32 it has no
-tensor cores to use. `benchmarks/kernels.py` measures the crossover."""
+The crossover `benchmarks/kernels.py` measured on an H200 at 3072 x 3072 (benchmarks/results/kernels.md): in bf16 the fused
+kernel is ahead up to 128 rows, in float32, where it has no tensor cores to use, nowhere."""
 
 
 def int8_linear(
@@ -46,7 +47,7 @@ def int8_linear(
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
-        return dequantized_linear(x, qweight, scale, zero_point, bias)
+        return _dequantized(x, qweight, scale, zero_point, bias)
     fused = _triton_module("int8_linear")
     return fused.int8_linear(x, qweight, scale, zero_point, bias)
 
@@ -63,13 +64,24 @@ def dequantized_linear(
     Arguments, result and errors are int8_linear's. The weight and the bias round to x's dtype first.
     """
     check_linear(x, qweight, scale, zero_point, bias)
+    return _dequantized(x, qweight, scale, zero_point, bias)
+
+
+def _dequantized(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     rows = _triton_module("dequantize_rows")
-    weight = rows.dequantize_rows(qweight, scale, zero_point, x.shape[-1], x.dtype)
+    weight = rows.launch(qweight, scale, zero_point, x.shape[-1], x.dtype)
     # The rounded bias meets the float32 accumulator, as in any 16-bit layer. An exact bias would be added to
     # a product that is rounded already, for no smaller error and one more pass over y.
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+@functools.cache
 def _triton_module(name: str) -> ModuleType:
     try:
         return import_module(f"squareq_fx.kernels.{name}")
