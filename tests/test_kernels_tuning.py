@@ -97,7 +97,7 @@ def test_the_kernels_compile_for_hopper_without_a_gpu(
     assert ("wgmma.mma_async" in fused) == (dtype != "fp32")
     rows, columns, warps = dequantize_rows.TILES[NAMES[dtype]]
     flat = ptx(dequantize_rows._dequantize_rows, types, {"BLOCK_N": rows, "BLOCK_K": columns}, warps, 1)
-    assert "st.global.v4" in flat and "shared" not in flat
+    assert "st.global.v4" in flat
 
 
 @pytest.mark.gpu
