@@ -139,10 +139,11 @@ def _flux2(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def _chroma(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     b = _Builder(dtype, {"image_tokens": 48, "text_tokens": 20})
+    batch = 1  # its forward makes a Python list of the batch's length, so a trace holds for one batch size: the pipeline's
     return {
-        "hidden_states": b.tensor("batch", "image_tokens", config.in_channels),
-        "encoder_hidden_states": b.tensor("batch", "text_tokens", config.joint_attention_dim),
-        "timestep": b.tensor("batch", dtype=torch.float32),
+        "hidden_states": b.tensor(batch, "image_tokens", config.in_channels),
+        "encoder_hidden_states": b.tensor(batch, "text_tokens", config.joint_attention_dim),
+        "timestep": b.tensor(batch, dtype=torch.float32),
         "img_ids": b.tensor("image_tokens", 3, dtype=torch.float32),
         "txt_ids": b.tensor("text_tokens", 3, dtype=torch.float32),
     }
@@ -170,10 +171,10 @@ def _dit(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _pixart(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    b = _Builder(dtype, {"height": 6, "width": 10, "text_tokens": 20})
-    patch = config.patch_size
+    b = _Builder(dtype, {"text_tokens": 20})
+    size = config.sample_size  # a position table of any other size is made with numpy, so the spatial sizes are static
     inputs: dict[str, Any] = {
-        "hidden_states": b.tensor("batch", config.in_channels, f"{patch}*height", f"{patch}*width"),
+        "hidden_states": b.tensor("batch", config.in_channels, size, size),
         "encoder_hidden_states": b.tensor("batch", "text_tokens", config.caption_channels),
         "timestep": b.tensor("batch", dtype=torch.float32),
     }
