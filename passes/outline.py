@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from squareq_fx.edit import finish
-from squareq_fx.ir import Level, clone, identifier, info, program, set_info, update_program
+from squareq_fx.ir import Level, clone, identifier, info, operation_name, program, set_info, update_program
 from squareq_fx.slab.layout import segment_layout
 from squareq_fx.specs import spec
 
@@ -216,12 +216,12 @@ def _readable(size: fx.Node, data: list[fx.Node]) -> tuple[fx.Node, int] | None:
     return None
 
 
-def _local_name(node: fx.Node, run: _Run) -> str | None:
+def _local_name(node: fx.Node, run: _Run) -> str:
     """An int8 node is called after its layer, without the block's path; any other after its operation."""
     layer = info(node).layer
-    if layer is not None and run.block:
-        return identifier(layer.removeprefix(run.block + "."))
-    return None
+    if layer is None:
+        return operation_name(node.target)
+    return identifier(layer.removeprefix(f"{run.block}.") if run.block else layer)
 
 
 def _structure(function: fx.GraphModule) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from squareq_fx.inference import infer
-from squareq_fx.ir import identifier, info, set_info, weight_inputs
+from squareq_fx.ir import identifier, info, operation_name, set_info, weight_inputs
 
 __all__ = ["add_weight", "call", "drop_unused_weights", "finish", "replace"]
 
@@ -30,7 +30,7 @@ def call(
     Raises:
         PassError: the operation does not take these arguments.
     """
-    node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+    node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name or operation_name(target))
     for key in ("stack_trace", "nn_module_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

@@ -31,6 +31,7 @@ __all__ = [
     "identifier",
     "info",
     "model_source",
+    "operation_name",
     "program",
     "set_info",
     "set_program",
@@ -223,6 +224,11 @@ def identifier(text: str) -> str:
     """`text` as a Python identifier: `blocks.0['a']` becomes `blocks_0_a`."""
     name = re.sub(r"\W+", "_", text).strip("_")
     return f"_{name}" if not name or name[0].isdigit() else name
+
+
+def operation_name(target: Any) -> str:
+    """What a node that calls `target` is named after: `aten.add.Tensor` gives `add`."""
+    return identifier(str(getattr(target, "_opname", None) or getattr(target, "__name__", "node")))
 
 
 def model_source(node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,8 @@ _INFIX = {
     operator.mod: "%", operator.pow: "**", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=",
     operator.gt: ">", operator.ge: ">=", operator.and_: "&", operator.or_: "|",
 }  # fmt: skip
-_HEAD = "import math\nimport operator\n\nimport torch\n\nimport squareq_fx.ops\n\naten, squareq = torch.ops.aten, torch.ops.squareq\n"
-_RESERVED = {"aten", "math", "operator", "self", "squareq", "squareq_fx", "torch", "forward", "inf", "nan"}
+_HEAD = "import math\nimport operator\nimport sys\n\nimport torch\n\nimport squareq_fx.ops\n\naten, squareq = torch.ops.aten, torch.ops.squareq\n"
+_RESERVED = {"aten", "math", "operator", "self", "squareq", "squareq_fx", "sys", "torch", "forward", "inf", "nan"}
 
 
 def show(gm: fx.GraphModule, function: str | None = None) -> str:
@@ -69,9 +70,8 @@ def _definition(name: str, gm: fx.GraphModule, children: dict[str, fx.GraphModul
         if node.op == "output":
             yield f"    return {_literal(node.args[0], names)}"
             continue
-        yield f"    {_line(node, names)}" + _comment(node)
-        if node in dying:
-            yield f"    del {', '.join(names[d] for d in dying[node])}"
+        gone = f";  del {', '.join(names[d] for d in dying[node])}" if node in dying else ""
+        yield f"    {_line(node, names)}{gone}{_comment(node)}"
 
 
 def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
@@ -115,6 +115,8 @@ def _literal(value: Any, names: dict[fx.Node, str]) -> str:
         return f"[{', '.join(_literal(v, names) for v in value)}]"
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
+    if value == sys.maxsize and isinstance(value, int):
+        return "sys.maxsize"
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
         return f"float({str(value)!r})"
     return str(value) if isinstance(value, torch.dtype | torch.layout | torch.memory_format) else repr(value)
