@@ -213,6 +213,11 @@ class _Skeleton:
 
     def _flatten_output(self, output: Any) -> tuple[torch.Tensor, ...]:
         leaves, self.output_spec = pytree.tree_flatten(output)
+        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves):
+            raise CaptureError(
+                f"{self.model_name}: forward returns a size of its inputs, which a graph of tensors does not hold; read it off "
+                "the shape of what is returned"
+            )
         self.output_leaves = tuple(None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves)
         return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
@@ -252,6 +257,8 @@ class _Skeleton:
                 if any(_mutates(node) for node in exported.graph.nodes):
                     exported = exported.run_decompositions({})
                 return exported
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"torch.export could not trace {self.model_name}: {_reason(error)}\n"
@@ -261,18 +268,28 @@ class _Skeleton:
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor([1, 2], device=x.device)` keeps its value: on `meta` it would have none, so it is made on the CPU and moved."""
+    """What a forward makes of Python values stays true: `torch.tensor([1, 2], device=x.device)` keeps its numbers, which `meta`
+    would lose, and `torch.tensor([x.shape[0]])` its size, which `torch.tensor` would make a constant.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0] if args else None, torch.Tensor):
-            device = kwargs.get("device")
-            if device is not None and torch.device(device).type == "meta":
-                return func(*args, **{**kwargs, "device": "cpu"}).to(device)
-        elif func is torch.Tensor.new_tensor and args[0].device.type == "meta":
-            options = {"dtype": args[0].dtype, **kwargs, "device": "cpu"}
-            return torch.tensor(*args[1:], **options).to(kwargs.get("device") or "meta")
+        if func in (torch.tensor, torch.as_tensor) and args and not isinstance(args[0], torch.Tensor):
+            return _made(args[0], kwargs.pop("dtype", None), kwargs.pop("device", None), kwargs)
+        if func is torch.Tensor.new_tensor and len(args) == 2 and not isinstance(args[1], torch.Tensor):
+            dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
+            return _made(args[1], dtype or args[0].dtype, device or args[0].device, kwargs)
         return func(*args, **kwargs)
+
+
+def _made(data: Any, dtype: torch.dtype | None, device: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    values = list(data) if isinstance(data, list | tuple) else [data]
+    if any(isinstance(value, torch.SymInt) for value in values):
+        filled = [torch.full((), value, dtype=dtype, device=device) for value in values]
+        return torch.stack(filled) if isinstance(data, list | tuple) else filled[0]
+    if device is not None and torch.device(device).type == "meta":
+        return torch.tensor(data, dtype=dtype, device="cpu", **kwargs).to(device)
+    return torch.tensor(data, dtype=dtype, device=device, **kwargs)
 
 
 def skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -281,13 +298,18 @@ def skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     Nothing is read or copied but Python objects.
     """
     memo: dict[int, Any] = {id(t): _meta_twin(t) for t in (*model.parameters(), *model.buffers())}
-    constants: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and id(value) not in memo:
-                memo[id(value)] = _meta_twin(value)
-                constants[f"{path}.{name}" if path else name] = value
+    constants = {path: value for path, value in _plain_tensors(model) if id(value) not in memo}
+    memo.update((id(value), _meta_twin(value)) for value in constants.values())
     return copy.deepcopy(model, memo).eval(), constants
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that are attributes, or in a list, tuple or dict that is one, by path; parameters and buffers too."""
+    for path, module in model.named_modules():
+        for name, attribute in vars(module).items():
+            for inner, value in pytree.tree_flatten_with_path(attribute)[0]:
+                if isinstance(value, torch.Tensor):
+                    yield (f"{path}.{name}" if path else name) + pytree.keystr(inner), value
 
 
 def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
@@ -395,6 +417,9 @@ def _weight_key(spec: Any, exported: Any, traced: _Skeleton) -> str:
     key = spec.target
     if spec.kind.name == "CONSTANT_TENSOR" and key not in traced.constants:
         value = exported.constants[key]
+        known = next((path for path, tensor in _plain_tensors(traced.module) if tensor is value), None)
+        if known in traced.constants:
+            return known
         if value.is_meta or isinstance(value, FakeTensor):
             raise CaptureError(
                 f"{traced.model_name}: forward makes a constant ({key}) on the device of its inputs in a way that cannot be "
@@ -439,10 +464,11 @@ def _relocate(gm: fx.GraphModule, device: torch.device) -> None:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
                 leaf.fake_device = device  # type: ignore[attr-defined]
+    mode = fake_mode(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function":
             # Some layouts depend on the device (attention on the CPU returns another stride order than on meta).
-            val = infer(node.target, node.args, node.kwargs)
+            val = infer(node.target, node.args, node.kwargs, mode)
             if "val" not in node.meta or spec(val) != spec(node.meta["val"]):  # decomposing drops some
                 node.meta["val"] = val
     gm.recompile()

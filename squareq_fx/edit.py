@@ -34,7 +34,7 @@ def call(
     for key in ("stack_trace", "nn_module_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    node.meta["val"] = infer(target, args, dict(kwargs or {}))
+    node.meta["val"] = infer(target, args, dict(kwargs or {}), getattr(like.meta.get("val"), "fake_mode", None))
     return set_info(node, made_by=made_by, layer=layer)
 
 
