@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import os
 from dataclasses import dataclass, field
@@ -242,8 +243,18 @@ class _Numbered(str):
         return str(self)
 
 
+# What a function may not be called: attributes a GraphModule or the emitted module has, and words of Python.
+_RESERVED = {
+    *dir(fx.GraphModule(torch.nn.Module(), fx.Graph())),
+    *("config", "device", "dtype", "history", "last_step", "runtime", "shutdown"),
+    *keyword.kwlist,
+}
+
+
 def _function_name(run: _Run, segment: str, taken: set[str]) -> str:
     base = _snake(run.kind.rpartition(".")[2]) if run.block else identifier(segment.partition(".")[0])
+    if base in _RESERVED:
+        base += "_function"
     name, count = base, 1
     while name in taken:
         count += 1

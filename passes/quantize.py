@@ -115,7 +115,7 @@ class Quantize:
         for layer in layers:
             mine = [user for user in calls if _called_layer(user, layers) is layer]
             if mine:
-                parts = self._inputs(gm, weight, layer, any(_reads_bias(user, layer) for user in mine))
+                parts = self._inputs(gm, weight, layer, _is_own_bias(mine, layer))
                 for user in mine:
                     self._rewrite_call(user, parts, layer)
 
@@ -139,7 +139,7 @@ class Quantize:
 
     def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry) -> None:
         x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-        own = _reads_bias(node, layer)
+        own = layer.bias_key in parts and _reads_bias(node, layer)
         quantised = (parts[layer.qweight_key], parts[layer.scale_key], parts[layer.zero_point_key])
         how = {"like": node, "made_by": self.name, "layer": layer.canonical_name}
         with node.graph.inserting_before(node):
@@ -160,6 +160,12 @@ def _called_layer(node: fx.Node, layers: list[LayerEntry]) -> LayerEntry:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].partition("@")[0] if stack else ""
     return next((layer for layer in layers if layer.canonical_name == path), layers[0])
+
+
+def _is_own_bias(calls: list[fx.Node], layer: LayerEntry) -> bool:
+    """The layer's calls read its bias, and nothing else does; otherwise the float tensor has to stay."""
+    biases = {call.args[2] for call in calls if _reads_bias(call, layer)}
+    return bool(biases) and all(user in calls for bias in biases for user in bias.users)  # type: ignore[union-attr]
 
 
 def _reads_bias(node: fx.Node, layer: LayerEntry) -> bool:

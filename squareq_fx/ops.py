@@ -135,6 +135,10 @@ def _int8_linear_fake(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     torch._check(x.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear: x [..., in], qweight [out, in_padded]")
+    torch._check(
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        lambda: f"int8_linear: x is {x.dtype}, not float32, bfloat16 or float16",
+    )
     torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear: qweight is {qweight.dtype}, not int8")
     torch._check(x.shape[-1] <= qweight.shape[1], lambda: "int8_linear: x is wider than qweight")
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))

@@ -82,10 +82,10 @@ class WeightValues:
         return key if key in self._quantised or key in self._slab.passthrough else None
 
     def _use_slab(self, key: str, stored: str, dtype: torch.dtype) -> bool:
+        if key in self._constants or self._slab.tensors[stored].dtype != dtype:
+            return False  # a layer's bias, which the slab holds in float32, may also be read in the model's own type
         if key in self._quantised:
             return True
-        if key in self._constants or self._slab.tensors[stored].dtype != dtype:
-            return False
         own = self._own.get(key)
         if own is None:
             return True
