@@ -13,6 +13,7 @@ from torch import fx
 
 from squareq_fx.edit import call, drop_unused_weights, finish, replace
 from squareq_fx.ir import Level, clone, program, update_program
+from squareq_fx.liveness import shared_storage
 from squareq_fx.specs import spec
 
 __all__ = ["Canonicalize"]
@@ -29,6 +30,7 @@ _ASSERTIONS = {
 }
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default}
 _ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 _SPELLINGS: dict[Any, Any] = {
     aten.concat.default: aten.cat.default,
@@ -57,8 +59,9 @@ class Canonicalize:
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
         gm = clone(gm)
+        returned = _returned_copies(gm)
         for node in list(gm.graph.nodes):
-            if node.op != "call_function":
+            if node.op != "call_function" or node in returned:
                 continue
             if node.target in _ASSERTIONS:
                 gm.graph.erase_node(node)
@@ -73,6 +76,21 @@ class Canonicalize:
         drop_unused_weights(gm)
         gm.recompile()
         return update_program(gm, level=max(program(gm).level, Level.CANONICAL))
+
+
+def _returned_copies(gm: fx.GraphModule) -> set[fx.Node]:
+    """Copies between an input or weight and the output: without them the caller would be handed that tensor itself."""
+    roots = shared_storage(gm)
+
+    def is_input(node: fx.Node) -> bool:
+        return any(
+            root.op == "placeholder"
+            or (root.target in _COPIES and isinstance(root.args[0], fx.Node) and is_input(root.args[0]))
+            for root in roots[node]
+        )
+
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return {n for n in roots[output] if n.target in _COPIES and any(map(is_input, n.all_input_nodes))}
 
 
 def _dropout(node: fx.Node) -> fx.Node | None:
