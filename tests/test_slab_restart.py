@@ -34,9 +34,7 @@ class Stack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)) for _ in range(16)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)) for _ in range(16))
         self.norm = nn.LayerNorm(512)
 
 
@@ -111,7 +109,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Stop after this many items; counts the items that are really worked on."""
+    """Stop after this many items; counts the items that are really worked on, by one worker so that it is
+    exact.
+    """
     state = [10**9, 0]
     real = build_module._work
 
@@ -122,12 +122,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build_module, "_work", work)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield state
+    torch.set_num_threads(threads)
 
 
-def test_it_goes_on_where_it_was(
-    source: Path, truth: dict[str, bytes], stop_after: list[int], tmp_path: Path
-) -> None:
+def test_it_goes_on_where_it_was(source: Path, truth: dict[str, bytes], stop_after: list[int], tmp_path: Path) -> None:
     target = tmp_path / "s"
     for stop in (5, 6, 0, 13):
         stop_after[:] = [stop, 0]
@@ -165,12 +166,8 @@ def test_a_module_goes_on_too_but_not_with_other_weights(stop_after: list[int], 
     assert contents(tmp_path / "t") == contents(tmp_path / "truth")
 
 
-@pytest.mark.parametrize(
-    "change", ["options", "source", "data", "journal", "torn", "garbage", "size", "no data"]
-)
-def test_what_is_left_behind_is_not_believed(
-    change: str, source: Path, stop_after: list[int], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("change", ["options", "source", "data", "journal", "torn", "garbage", "size", "no data"])
+def test_what_is_left_behind_is_not_believed(change: str, source: Path, stop_after: list[int], tmp_path: Path) -> None:
     own = tmp_path / "w.safetensors"
     own.write_bytes(source.read_bytes())
     stop_after[:] = [10, 0]
@@ -197,9 +194,7 @@ def test_what_is_left_behind_is_not_believed(
         redone = 25
     elif change == "garbage":
         lines = journal.read_bytes().splitlines(keepends=True)
-        journal.write_bytes(
-            b"".join([*lines[:3], b'{"item": 3, "checksums": 1, "fidelity": 2}\n', b"\xff\n"])
-        )
+        journal.write_bytes(b"".join([*lines[:3], b'{"item": 3, "checksums": 1, "fidelity": 2}\n', b"\xff\n"]))
         redone = 32
     elif change == "size":
         os.truncate(data, 100)
@@ -281,6 +276,31 @@ def test_two_builds_of_one_slab_do_not_meet(source: Path, tmp_path: Path) -> Non
     assert len(errors) <= 2 and all("another build" in error for error in errors)
     open_slab(tmp_path / "s").verify()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_does_not_matter(
+    threads: int, source: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    real, left = build_module._work, [9]
+
+    def work(*args: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*args)  # type: ignore[arg-type]
+
+    torch.set_num_threads(threads)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(build_module, "_work", work)
+            build_slab(source, tmp_path / "s", model_class=Stack, progress=False)
+        build_slab(source, tmp_path / "s", model_class=Stack, progress=False)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "s") == truth
 
 
 def test_a_full_disk_keeps_what_is_done(

@@ -23,6 +23,7 @@ from squareq_fx.slab.quantizing import DataFile, copy_item, quantize_item
 from squareq_fx.slab.reader import Slab
 from squareq_fx.slab.skeleton import ModelClass, open_source
 from squareq_fx.slab.sources import TensorSource
+from squareq_fx.slab.workers import one_thread_workers
 
 __all__ = ["build_slab"]
 
@@ -127,19 +128,28 @@ def _write_data(
     with (
         DataFile(paths.partial_data, tensors, 8 + header_length) as file,
         byte_bar(sum(plan.source_nbytes), f"building {paths.stem.name}", progress) as advance,
+        one_thread_workers() as pool,
     ):
-        for item, nbytes in zip(plan.items, plan.source_nbytes):
-            label = f"{type(item).__name__} {item.name}"
-            done = journal.done.get(label)
-            if done is None or not file.holds(done.checksums):
-                done = _work(item, source, file)
-                journal.append(label, done)
+
+        def finish(item: QuantizeItem | CopyItem) -> tuple[Done, bool]:
+            earlier = journal.done.get(_label(item))
+            if earlier is not None and file.holds(earlier.checksums):
+                return earlier, False
+            return _work(item, source, file), True
+
+        for item, nbytes, (done, new) in zip(plan.items, plan.source_nbytes, pool.map(finish, plan.items)):
+            if new:
+                journal.append(_label(item), done)
             checksums.update(done.checksums)
             if done.fidelity is not None:
                 fidelity[item.name] = done.fidelity
             advance(nbytes)
         extras = replace(plan.extras, checksums=checksums, fidelity=fidelity)
         file.write_header(pack_slab_header(plan.tensors, extras, length=header_length))
+
+
+def _label(item: QuantizeItem | CopyItem) -> str:
+    return f"{type(item).__name__} {item.name}"
 
 
 def _work(item: QuantizeItem | CopyItem, source: TensorSource, file: DataFile) -> Done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,9 @@ class TensorSource(Protocol):
     specs: dict[str, SourceTensor]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of the row-major order, as a 1-D CPU tensor valid until the next call."""
+        """Elements start..stop of the row-major order, as a 1-D CPU tensor valid until this thread's next
+        call.
+        """
 
     def fingerprint(self) -> str:
         """Changes if any of the data may have changed."""
@@ -48,7 +51,7 @@ class TensorSource(Protocol):
 class MemoryTensors:
     """Tensors that are in memory already, on any device; each is moved to the CPU in pieces.
 
-    One that is not initialised yet has no dtype or shape and is left out.
+    One that is not initialised yet has no dtype or shape and is left out. Threads may read at the same time.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -57,13 +60,14 @@ class MemoryTensors:
             for name, tensor in tensors.items()
             if not isinstance(tensor, UninitializedTensorMixin)
         }
-        self._flat: tuple[str, torch.Tensor] | None = None
+        self._local = threading.local()
         self.specs = {name: SourceTensor(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if self._flat is None or self._flat[0] != name:
-            self._flat = name, self._tensors[name].reshape(-1)
-        return self._flat[1][start:stop].cpu().resolve_conj()
+        local = self._local  # a tensor that is not contiguous is copied, once for all of its pieces
+        if getattr(local, "name", None) != name:
+            local.name, local.flat = name, self._tensors[name].reshape(-1)
+        return local.flat[start:stop].cpu().resolve_conj()
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
@@ -72,25 +76,24 @@ class MemoryTensors:
             digest.update(f"{name}:{spec.dtype}:{tuple(spec.shape)}".encode())
             for start in range(0, spec.numel(), _PIECE):
                 digest.update(raw_bytes(self.read(name, start, min(start + _PIECE, spec.numel()))))
-        self._flat = None
         return digest.hexdigest()
 
     def close(self) -> None:
-        self._flat = None
+        self._local = threading.local()
 
 
 class Checkpoint:
     """The tensors of one or several safetensors files.
 
-    They are read with plain reads into one reused buffer: pages of a mapping would count as this process's
-    memory.
+    They are read with plain reads into one reused buffer a thread: pages of a mapping would count as this
+    process's memory.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self._fds: dict[Path, int] = {}
         self._entries: dict[str, tuple[int, int, TensorEntry]] = {}
         self._hash = hashlib.sha256()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._local = threading.local()
         problems: list[str] = []
         try:
             for file in files:
@@ -111,9 +114,10 @@ class Checkpoint:
         fd, data_start, entry = self._entries[name]
         size = entry.dtype.itemsize
         nbytes = (stop - start) * size
-        if self._buffer.numel() < nbytes:
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view = raw_bytes(self._buffer)[:nbytes]
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._local.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view = raw_bytes(buffer)[:nbytes]
         position = data_start + entry.offset + start * size
         done = 0
         while done < nbytes:
@@ -121,7 +125,7 @@ class Checkpoint:
             if count == 0:
                 raise SlabError(f"the checkpoint file of {name} was truncated while it was read")
             done += count
-        return self._buffer[:nbytes].view(entry.dtype)
+        return buffer[:nbytes].view(entry.dtype)
 
     def fingerprint(self) -> str:
         return self._hash.hexdigest()
