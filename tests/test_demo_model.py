@@ -86,9 +86,7 @@ def test_sampler_refuses_what_it_cannot_do(model: torch.nn.Module, wrong: dict[s
 
 
 @given(columns=st.integers(1, 5), digit=st.integers(0, 9), column=st.data())
-def test_grid_puts_every_sample_in_its_row_and_column(
-    columns: int, digit: int, column: st.DataObject
-) -> None:
+def test_grid_puts_every_sample_in_its_row_and_column(columns: int, digit: int, column: st.DataObject) -> None:
     where = column.draw(st.integers(0, columns - 1))
     samples = torch.zeros(10 * columns, 1, 8, 8)
     index = digit * columns + where

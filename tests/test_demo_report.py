@@ -53,9 +53,10 @@ def make_report() -> Report:
         top_level_svg=SVG,
         block_name="block<0>",
         block_svg=SVG,
-        code="def forward(self, x):\n    return x < 1",
-        functions=1,
-        blocks=2,
+        top_level_code="def forward(self, x):\n    return x < 1",
+        code="def block(x):\n    return x\n\ndef forward(self, x):\n    return x < 1",
+        calls=4,
+        functions=3,
         timeline=TIMELINE,
         sizes=[SizeRow("slab", 12345, "on disk")],
         passes=[PassRow("capture", 10, 2, 30, "traced", 0.5)],
@@ -75,9 +76,7 @@ class Links(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.targets += [
-            value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "data"}
-        ]
+        self.targets += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href", "data"}]
         if tag not in self.VOID:
             self.open.append(tag)
 

@@ -12,9 +12,7 @@ __all__ = ["MODEL_DIR", "load_digits_model"]
 MODEL_DIR = Path(__file__).resolve().parent
 
 
-def load_digits_model(
-    directory: Path | str = MODEL_DIR, dtype: torch.dtype = torch.float32
-) -> torch.nn.Module:
+def load_digits_model(directory: Path | str = MODEL_DIR, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The digits model, a `DiTTransformer2DModel` in evaluation mode, read without the network.
 
     Args:

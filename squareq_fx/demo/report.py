@@ -75,9 +75,10 @@ class Report:
     top_level_svg: str
     block_name: str
     block_svg: str
-    code: str
+    top_level_code: str
+    code: str  # of the top level and all functions
+    calls: int
     functions: int
-    blocks: int
     timeline: Timeline
     sizes: Sequence[SizeRow]
     passes: Sequence[PassRow]
@@ -101,6 +102,7 @@ def render(report: Report) -> str:
         stages=Markup(figures.stages_figure(report.stages)),
         top_level=Markup(_inline(report.top_level_svg)),
         block=Markup(_inline(report.block_svg)),
+        top_level_code=Markup(highlight(report.top_level_code)),
         code=Markup(highlight(report.code)),
     )
 
@@ -138,9 +140,7 @@ def highlight(code: str) -> str:
     """Python source as HTML spans with inline colours, to go inside a `<pre>`."""
     lines = code.rstrip("\n").expandtabs(4).splitlines()
     width = max((len(line) for line in lines), default=1) + 1
-    console = Console(
-        record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor"
-    )
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Syntax("\n".join(lines), "python", theme="default", background_color="default"))
     html = console.export_html(inline_styles=True, code_format="{code}")
     html = re.sub(r"background-color: #[0-9a-f]{6}", "", html)  # the page's own shows through

@@ -12,7 +12,7 @@ __all__ = ["CLASSES", "NULL_CLASS", "SIZE", "STEPS", "TIMESTEPS", "grid_labels",
 CLASSES = 10
 NULL_CLASS = CLASSES  # the class label that means "no class": the unconditional half of guidance
 SIZE = 8
-STEPS = 25
+STEPS = 20
 TIMESTEPS = 1000  # timestep 1000 is pure noise, 0 is the picture
 
 Denoiser = Callable[..., Any]
