@@ -4,13 +4,14 @@
     python benchmarks/streaming.py --models sdxl --fraction 0.1                      # under a cap of device memory
 
 Needs one CUDA card that holds the bf16 model (24 GB for Flux) for the comparison, and the slab's size in memory and on disk.
-For each model, in one process: bf16 eager, INT8 resident, INT8 streamed. The streamed output must equal the resident one bit for
-bit, and no streamed step may hold more weights on the device than the arena.
+For each model, in one process: bf16 eager, INT8 resident, INT8 streamed. The streamed output must equal the resident one bit
+for bit, and no streamed step may hold more weights on the device than the arena.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import platform
 import statistics
@@ -26,7 +27,9 @@ import torch
 
 import squareq_fx
 from squareq_fx.capture import skeleton as make_skeleton
+from squareq_fx.emit import emit
 from squareq_fx.ir import functions
+from squareq_fx.runtime.store import Backing
 
 GIB = 2**30
 SDXL = {
@@ -118,17 +121,27 @@ def measure(step: Callable[[], torch.Tensor], repeats: int) -> tuple[float, floa
     return statistics.median(times), torch.cuda.max_memory_allocated() / GIB, output.clone()
 
 
+def first_output(module: torch.nn.Module, call: dict[str, Any]) -> torch.Tensor:
+    return module(**call, return_dict=False)[0]
+
+
+def busy_ms(step: Callable[[], Any]) -> float:
+    """Time the card's kernels run for in one step; the rest of the step it waits for the host."""
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if "Memcpy" not in e.name and "Memset" not in e.name]
+    return sum(e.self_device_time_total for e in kernels) / 1e3
+
+
 def run_model(name: str, options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     rows: list[Row] = []
     model = build(name)
     call = inputs(name, options.batch, options.size)
 
-    def eager() -> torch.Tensor:
-        return model(**call, return_dict=False)[0]
-
     if options.fraction is None:
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
-        ms, peak, reference = measure(eager, options.repeats)
+        ms, peak, reference = measure(functools.partial(first_output, model, call), options.repeats)
         rows.append(Row(name, "bf16 eager, resident", ms, peak, 0.0, weights))
         say(f"{rows[-1]}")
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
@@ -136,26 +149,31 @@ def run_model(name: str, options: argparse.Namespace, say: Callable[[str], None]
         slab = squareq_fx.build_slab(model, Path(scratch) / name, progress=False)
         say(f"{name}: slab built in {time.perf_counter() - start:.1f} s, {slab.path.stat().st_size / 1e9:.2f} GB")
         skeleton, _ = make_skeleton(model)
-        del model, eager
+        del model
         gc.collect()
         torch.cuda.empty_cache()
         outputs = {}
-        arms: list[tuple[str, dict[str, Any]]] = [
-            ("int8 resident", {"backing": "resident"}),
-            ("int8 streamed, 2 slots", {}),
-            ("int8 streamed, 3 slots", {"slots": 3, "distance": 2}),
+        start = time.perf_counter()
+        captured = squareq_fx.capture(skeleton, slab=slab, device="cuda")
+        say(f"{name}: captured in {time.perf_counter() - start:.1f} s")
+        arms: list[tuple[str, dict[str, Any], Backing]] = [
+            ("int8 resident", {}, "resident"),
+            ("int8 streamed, 2 slots", {}, "host"),
+            ("int8 streamed, 3 slots", {"slots": 3, "distance": 2}, "host"),
+            ("int8 streamed from disk, 3 slots", {"slots": 3, "distance": 2}, "disk"),
         ]
         if options.fraction is not None:
             arms = arms[1:]
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(options.fraction)
             say(f"{name}: device memory capped at {options.fraction * total / GIB:.2f} GiB")
-        for arm, how in arms:
+        for arm, how, backing in arms:
             start = time.perf_counter()
-            gm = squareq_fx.compile(skeleton, slab, device="cuda", **how)
-            say(f"{name}: {arm}: compiled in {time.perf_counter() - start:.1f} s, {len(functions(gm))} functions")
+            graph = squareq_fx.run(captured, squareq_fx.default_passes(slab, **how))
+            gm = emit(graph, skeleton, slab, backing=backing)
+            say(f"{name}: {arm}: passes and emit took {time.perf_counter() - start:.1f} s, {len(functions(gm))} functions")
             with torch.no_grad():
-                ms, peak, outputs[arm] = measure(lambda: gm(**call, return_dict=False)[0], options.repeats)
+                ms, peak, outputs[arm] = measure(functools.partial(first_output, gm, call), options.repeats)
             report = gm.last_step
             assert report is not None
             on_device = max(report.resident_bytes, report.peak_bytes_in_use)
@@ -163,6 +181,7 @@ def run_model(name: str, options: argparse.Namespace, say: Callable[[str], None]
             rows.append(Row(name, arm, ms, peak, report.bytes_to_device / GIB, on_device / GIB))
             say(f"{rows[-1]}")
             say(f"{name}: {arm}: {report}; {report.timing}")
+            say(f"{name}: {arm}: device busy {busy_ms(functools.partial(first_output, gm, call)):.1f} ms of the step")
             gm.shutdown()
             del gm
             gc.collect()
@@ -202,7 +221,8 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text("\n".join(lines) + "\n")
 
-    table = ["", "| model | arm | step ms | peak GiB | moved GiB a step | weights on the device GiB |", "|---|---|---|---|---|---|"]
+    columns = ("model", "arm", "step ms", "peak GiB", "moved GiB a step", "weights on the device GiB")
+    table = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in options.models:
         with torch.no_grad():
             rows = run_model(name, options, say)

@@ -1,6 +1,7 @@
 """The compiler's passes, one file each, and the order they run in.
 
-A pass is any callable from GraphModule to GraphModule; options are fields of a frozen dataclass. Passes never import each other.
+A pass is any callable from GraphModule to GraphModule; options are fields of a frozen dataclass. Passes never import each
+other.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import operator
-import os
+import re
 from dataclasses import dataclass, field
-
 
 import torch
 from torch import fx
@@ -80,9 +80,9 @@ def _hoistable_sizes(gm: fx.GraphModule) -> set[fx.Node]:
     """Integer nodes that need nothing but the graph's inputs: they belong to no block."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt | int):
-            if all(a.op == "placeholder" or a in found for a in node.all_input_nodes):
-                found.add(node)
+        is_size = node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt | int)
+        if is_size and all(a.op == "placeholder" or a in found for a in node.all_input_nodes):
+            found.add(node)
     return found
 
 
@@ -171,9 +171,7 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
 
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    prefix = os.path.commonprefix([str(info(w).key) for w in weights]).rpartition(".")[0]
-    if run.block:
-        prefix = run.block
+    prefix = run.block or _common_owner([str(info(w).key) for w in weights])
     for node in weights:
         key = str(info(node).key)
         local = key.removeprefix(prefix + ".") if prefix else key
@@ -197,6 +195,13 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     graph.output(results[0] if len(results) == 1 else tuple(results))
     arguments = [*weights, *data, *(n for n in others if n not in derived)]
     return fx.GraphModule({}, graph, class_name="Function"), arguments, outputs
+
+
+def _common_owner(keys: list[str]) -> str:
+    """The longest module path all keys lie under."""
+    paths = [key.split(".")[:-1] for key in keys]
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))
+    return ".".join(parts[0] for parts in common)
 
 
 def _parameter(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
@@ -263,7 +268,7 @@ def _function_name(run: _Run, segment: str, taken: set[str]) -> str:
 
 
 def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def _call(

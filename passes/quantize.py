@@ -83,7 +83,8 @@ class Quantize:
         total = sum(1 for n in after.graph.nodes if n.target is ops.int8_linear)
         if total != sum(found.values()):
             raise PassError(f"{total - sum(found.values())} int8 nodes belong to no layer of the slab")
-        left = [key for key in weight_inputs(after) if key.removesuffix(".weight") in self.slab.layers and key.endswith(".weight")]
+        floats = [key for key in weight_inputs(after) if key.endswith(".weight")]
+        left = [key for key in floats if key.removesuffix(".weight") in self.slab.layers]
         if left:
             raise PassError(f"the float weight {left[0]} is still an input")
 

@@ -197,7 +197,7 @@ class _Skeleton:
             owner._state_relations(tokens, tensors)
             call = build(tensors)
             with _Literals():
-                return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc]
+                return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc, arg-type]
 
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
         self.module.__class__ = traced
@@ -365,15 +365,16 @@ def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Modu
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     ordered = sorted(zip(placeholders, specs), key=lambda pair: pair[1].kind != kinds.USER_INPUT)
     position = iter(users)
-    tied, made = _tied(model), {}
-    for node, spec in ordered:
-        if spec.kind == kinds.USER_INPUT:
+    tied = _tied(model)
+    made: dict[str, fx.Node] = {}
+    for node, given in ordered:
+        if given.kind == kinds.USER_INPUT:
             key, kind = next(position), "input"
             if key.startswith("\0"):
                 tokens[node] = key[1:]
                 continue
         else:
-            key, kind = _weight_key(spec, exported, traced), "weight"
+            key, kind = _weight_key(given, exported, traced), "weight"
             key = tied.get(key, key)
             if key in made:
                 env[node] = made[key]

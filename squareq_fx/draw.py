@@ -114,12 +114,13 @@ def _box(node: fx.Node, row: int, left: int, colours: dict[str, str]) -> str:
     named = node.op == "call_module" or info(node).layer is not None
     label = f"{node.name}  ·  {what}" if named and what != node.name else what
     label = node.name if node.op in ("placeholder", "output") else label
-    kind = "" if isinstance(node.meta.get("val"), tuple | list) else short_spec(node.meta.get("val"))
+    val = node.meta.get("val")
+    kind = short_spec(val) if isinstance(val, torch.Tensor | torch.SymInt) else ""
     tip = f"<title>{html.escape(node.name)}: {html.escape(what)} {html.escape(short_spec(node.meta.get('val')))}</title>"
     return (
         f'<g>{tip}<rect x="{left}" y="{y + 2}" width="{_BOX}" height="{_ROW - 4}" rx="4" fill="{fill}"/>'
         + _text(left + 8, y + 15, label[:62], fill=ink)
-        + (_text(left + _BOX - 8, y + 15, kind, fill=ink, anchor="end") if len(label) + len(kind) < 64 and kind != "NoneType" else "")
+        + (_text(left + _BOX - 8, y + 15, kind, fill=ink, anchor="end") if len(label) + len(kind) < 64 else "")
         + "</g>"
     )
 

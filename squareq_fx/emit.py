@@ -94,7 +94,7 @@ class CompiledModule(fx.GraphModule):
         except AttributeError:
             original = self.__dict__.get("_original")
             found = getattr(original, name, None) if original is not None else None
-            if isinstance(found, nn.Module) or name == "cache_context" and found is not None:
+            if isinstance(found, nn.Module) or (name == "cache_context" and found is not None):
                 return found  # pipelines look up submodules (`unet.add_embedding.linear_1.in_features`), never to run them
             raise
 
@@ -103,6 +103,33 @@ class CompiledModule(fx.GraphModule):
 
     def __reduce__(self) -> NoReturn:
         raise RuntimeStateError("a compiled module cannot be pickled; keep the slab and compile the model again")
+
+
+class _Held(nn.Module):
+    """Holds resident weights under the model's names; everything else of that name is the model's own, to be looked at."""
+
+    @classmethod
+    def take(cls, holder: nn.Module, model: nn.Module, path: str) -> None:
+        holder.__class__ = cls
+        with contextlib.suppress(AttributeError):
+            holder.__dict__["_original"] = model.get_submodule(path)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"], name)
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_original"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__dict__["_original"][index]
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def emit(
@@ -144,6 +171,9 @@ def emit(
     state["_original"] = skeleton(model)[0]
     state["config"] = getattr(model, "config", None)
     state["runtime"] = _runtime(gm, values, slab, backing, keep_resident) if record.level >= Level.STREAMED else None
+    for path, holder in list(compiled.named_modules()):
+        if type(holder) is nn.Module:
+            _Held.take(holder, state["_original"], path.removeprefix("weights."))
     compiled.eval()
     compiled.recompile()
     return compiled
@@ -197,9 +227,16 @@ def _runtime(
 def _bound_forward(module: CompiledModule) -> Callable[..., Any]:
     def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
         tensors, return_dict = self._binding.tensors(args, kwargs)
-        with self.runtime.step() if self.runtime else contextlib.nullcontext():  # type: ignore[union-attr]
-            with ops.activate(self.runtime) if self.runtime else contextlib.nullcontext():
-                flat = self.__dict__["_run_graph"](self, *tensors)
+        if self.runtime is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeStateError(
+                "an input requires grad, but what autograd would save of the streamed weights is overwritten before its "
+                "backward. Call the module under torch.no_grad(), or detach its inputs."
+            )
+        with contextlib.ExitStack() as stack:
+            if self.runtime is not None:
+                stack.enter_context(self.runtime.step())
+                stack.enter_context(ops.activate(self.runtime))
+            flat = self.__dict__["_run_graph"](self, *tensors)
         return self._binding.output(flat, return_dict)
 
     signature = module._binding.call.signature
@@ -210,7 +247,8 @@ def _bound_forward(module: CompiledModule) -> Callable[..., Any]:
 
 def _warn_of_dtype(dtype: torch.dtype) -> None:
     warnings.warn(
-        f"the compiled module keeps computing in {dtype}: its types are part of the graph. Convert the model and compile again.",
+        f"the compiled module keeps computing in {dtype}: its types are part of the graph. Convert the model and compile "
+        "again.",
         UserWarning,
         stacklevel=6,
     )

@@ -35,7 +35,7 @@ def infer(target: Callable[..., Any], args: Any, kwargs: Any, mode: Any = None) 
         PassError: the operation refuses these arguments.
     """
     nodes: list[fx.Node] = []
-    map_arg((args, kwargs), lambda n: nodes.append(n) or n)
+    map_arg((args, kwargs), nodes.append)
     modes = [found for node in nodes if (found := _mode(node.meta.get("val"))) is not None]
     modes += [mode] if mode is not None else []
     if not modes:

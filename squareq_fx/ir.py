@@ -78,7 +78,8 @@ class CallSpec:
         signature: of the model's `forward`, without `self`.
         input_paths: for every tensor input, its path in the bound arguments, in the order of the graph's inputs.
         literals: path to value, for every captured argument that is not a tensor.
-        output_leaves: one entry a leaf of the model's output; None where the graph's next output goes, else a literal in a tuple.
+        output_leaves: one entry a leaf of the model's output; None where the graph's next output goes, else a literal in a
+            tuple.
         output_spec: the pytree the leaves make.
     """
 

@@ -2,7 +2,7 @@
 
 | operation | meaning |
 |---|---|
-| `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias`, defined by `kernels.reference.int8_linear` |
+| `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
 | `prefetch(block, *, visit, nbytes, offset)` | start the copy that a later `load` of the same block and visit will wait for |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ _INFIX = {
     operator.mod: "%", operator.pow: "**", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=",
     operator.gt: ">", operator.ge: ">=", operator.and_: "&", operator.or_: "|",
 }  # fmt: skip
-_HEAD = "import math\nimport operator\nimport sys\n\nimport torch\n\nimport squareq_fx.ops\n\naten, squareq = torch.ops.aten, torch.ops.squareq\n"
+_HEAD = """import math
+import operator
+import sys
+
+import torch
+
+import squareq_fx.ops
+
+aten, squareq = torch.ops.aten, torch.ops.squareq
+"""
 _RESERVED = {"aten", "math", "operator", "self", "squareq", "squareq_fx", "sys", "torch", "forward", "inf", "nan"}
 
 
@@ -117,7 +127,7 @@ def _literal(value: Any, names: dict[fx.Node, str]) -> str:
         return f"torch.device({str(value)!r})"
     if value == sys.maxsize and isinstance(value, int):
         return "sys.maxsize"
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return f"float({str(value)!r})"
     return str(value) if isinstance(value, torch.dtype | torch.layout | torch.memory_format) else repr(value)
 

@@ -93,7 +93,8 @@ def check_operations(gm: fx.GraphModule, level: Level, where: str = "") -> None:
                 raise _broken(node, where, f"{target} writes to its argument; the IR is functional, use its out-of-place form")
             first = _FIRST_LEVEL.get(target, Level.CAPTURED)
             if level < first:
-                raise _broken(node, where, f"{target} is allowed from level {first.name.lower()} on, this is {level.name.lower()}")
+                levels = f"level {first.name.lower()} on, this is {level.name.lower()}"
+                raise _broken(node, where, f"{target} is allowed from {levels}")
         elif target not in _SYMBOLIC and getattr(target, "__module__", "") not in ("math", "_operator"):
             raise _broken(node, where, f"{target} is a Python function; register it as an operator with torch.library")
 
@@ -108,17 +109,20 @@ def check_values(gm: fx.GraphModule, where: str = "") -> None:
             raise _broken(node, where, "it has no meta['val']; set it, squareq_fx.edit.call does so for you")
         if node.op in ("placeholder", "get_attr"):
             continue
-        inferred = _called_spec(functions(gm)[node.target], node, where) if node.op == "call_module" else _inferred(node, mode, where)
+        called = functions(gm).get(str(node.target)) if node.op == "call_module" else None
+        inferred = _called_spec(called, node, where) if called is not None else _inferred(node, mode, where)
         stated = spec(node.meta["val"])
         if inferred != stated:
             raise _broken(
-                node, where, f"its meta['val'] is {short_spec(node.meta['val'])} [{stated}], but the operation gives [{inferred}]"
+                node,
+                where,
+                f"its meta['val'] is {short_spec(node.meta['val'])} [{stated}], but the operation gives [{inferred}]",
             )
 
 
 def _inferred(node: fx.Node, mode: Any, where: str) -> str:
     try:
-        return spec(infer(node.target, node.args, node.kwargs, mode))
+        return spec(infer(node.target, node.args, node.kwargs, mode))  # type: ignore[arg-type]
     except PassError as error:
         raise _broken(node, where, str(error)) from error
 
@@ -130,7 +134,8 @@ def _called_spec(function: fx.GraphModule, node: fx.Node, where: str) -> str:
     for placeholder, argument in zip(placeholders, node.args):
         given = spec(argument.meta.get("val")) if isinstance(argument, fx.Node) else spec(argument)
         if given != spec(placeholder.meta.get("val")):
-            raise _broken(node, where, f"argument {placeholder.name} of {node.target} is {given}, the function wants {spec(placeholder.meta.get('val'))}")
+            wanted = spec(placeholder.meta.get("val"))
+            raise _broken(node, where, f"argument {placeholder.name} of {node.target} is {given}, the function wants {wanted}")
     output = next(n for n in function.graph.nodes if n.op == "output")
     result = output.args[0]
     if isinstance(result, fx.Node):
@@ -139,12 +144,12 @@ def _called_spec(function: fx.GraphModule, node: fx.Node, where: str) -> str:
 
 
 def check_residency(gm: fx.GraphModule) -> None:
-    """Replay of the graph's loads: one evict for each, no use after it (through views too), no overlap in the arena.
+    """Replay of the graph's loads: one evict for each, no use after it (through views too), no overlap in or beyond the arena.
 
     A prefetch must name the block, visit, size and offset of a later load, come after the evictions that free its bytes, and
     be issued once.
     """
-    roots = shared_storage(gm)
+    roots, arena = shared_storage(gm), program(gm).arena_bytes
     live: dict[tuple[str, int], fx.Node] = {}
     ranges: dict[tuple[str, int], tuple[int, int]] = {}
     evicted: dict[fx.Node, fx.Node] = {}
@@ -159,7 +164,7 @@ def check_residency(gm: fx.GraphModule) -> None:
             if key in pending or key in seen:
                 raise _broken(node, "", f"block {key[0]!r} visit {key[1]} is prefetched again or after its load")
             pending[key] = node
-            _claim(node, key, ranges)
+            _claim(node, key, ranges, arena)
         elif node.target is ops.load:
             key = (str(node.args[0]), int(node.kwargs["visit"]))  # type: ignore[arg-type]
             if key in seen:
@@ -167,7 +172,7 @@ def check_residency(gm: fx.GraphModule) -> None:
             seen.add(key)
             earlier = pending.pop(key, None)
             if earlier is None:
-                _claim(node, key, ranges)
+                _claim(node, key, ranges, arena)
             elif any(earlier.kwargs.get(k) != node.kwargs.get(k) for k in ("nbytes", "offset")):
                 raise _broken(node, "", f"its size or offset is not that of {earlier}")
             live[key] = node
@@ -182,14 +187,17 @@ def check_residency(gm: fx.GraphModule) -> None:
         raise _broken(node, "", f"block {key[0]!r} visit {key[1]} is {what}")
 
 
-def _claim(node: fx.Node, key: tuple[str, int], ranges: dict[tuple[str, int], tuple[int, int]]) -> None:
+def _claim(node: fx.Node, key: tuple[str, int], ranges: dict[tuple[str, int], tuple[int, int]], arena: int) -> None:
     offset = node.kwargs.get("offset")
     if offset is None:
         return
     start, end = int(offset), int(offset) + int(node.kwargs["nbytes"])  # type: ignore[arg-type]
+    if start < 0 or end > arena:
+        raise _broken(node, "", f"its bytes {start}..{end} lie outside the arena of {arena} bytes; set the program's arena_bytes")
     for other, (low, high) in ranges.items():
         if start < high and low < end:
-            raise _broken(node, "", f"its bytes {start}..{end} of the arena belong to block {other[0]!r} visit {other[1]} ({low}..{high})")
+            owner = f"block {other[0]!r} visit {other[1]} ({low}..{high})"
+            raise _broken(node, "", f"its bytes {start}..{end} of the arena belong to {owner}")
     ranges[key] = (start, end)
 
 
@@ -198,5 +206,6 @@ def _in(where: str) -> str:
 
 
 def _broken(node: fx.Node, where: str, what: str) -> VerificationError:
-    return VerificationError(f"{_in(where)}node {node.name} ({node.op} {node.target}): {what}\n  model source: {model_source(node)}")
+    place = f"{_in(where)}node {node.name} ({node.op} {node.target})"
+    return VerificationError(f"{place}: {what}\n  model source: {model_source(node)}")
 

@@ -122,7 +122,8 @@ def check_same_weights(model: nn.Module, slab: Slab) -> None:
             continue
         rows = torch.linspace(0, layer.orig_shape[0] - 1, _SAMPLED_ROWS).long().unique()
         own = module.weight.detach()[rows.to(module.weight.device)].float().cpu()
-        q, scale, zero = (slab.tensor(k, verify=False)[rows] for k in (layer.qweight_key, layer.scale_key, layer.zero_point_key))
+        keys = (layer.qweight_key, layer.scale_key, layer.zero_point_key)
+        q, scale, zero = (slab.tensor(key, verify=False)[rows] for key in keys)
         stored = dequantize(q, scale, zero, layer.orig_shape[1])
         if not bool(((own - stored).abs() <= scale[:, None] * 1.001).all()):
             different.append(name)
