@@ -85,11 +85,14 @@ class Binding:
         expected = self._vals[path]
         value = given.get(path)
         if isinstance(value, bool | int | float):
-            value = torch.tensor(value, device=self.device)
+            number = value
+            value = torch.tensor(number, device=self.device)
+            if isinstance(number, int) and torch.tensor(number, dtype=expected.dtype).item() == number:
+                value = value.to(expected.dtype)
         if not isinstance(value, torch.Tensor):
             raise BindingError(f"{self.name}: {path} must be a tensor {short_spec(expected)}, not {value!r}")
         if value.dtype != expected.dtype:
-            if torch.promote_types(value.dtype, expected.dtype) != expected.dtype:
+            if not _is_exact(value.dtype, expected.dtype):
                 raise BindingError(
                     f"{self.name}: {path} is {value.dtype}, the graph was captured for {expected.dtype}; that cast loses "
                     "digits, so it is yours to make"
@@ -154,6 +157,14 @@ class Binding:
                         f"{self.name}: dimension {dim} of {path} is {extent}, the graph was captured for {expected} "
                         f"({short_spec(self._vals[path])}). Compile with example_inputs of that size."
                     )
+
+
+def _is_exact(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Every value of one type is a value of the other. Integers count as float32, which timesteps (up to 2**24) fit in."""
+    if torch.promote_types(given, wanted) != wanted:
+        return False
+    is_integer = not given.is_floating_point and not given.is_complex
+    return not is_integer or not wanted.is_floating_point or given == torch.bool or wanted.itemsize > 2
 
 
 class _Guards:
