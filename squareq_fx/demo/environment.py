@@ -23,7 +23,7 @@ def describe_environment(device: torch.device) -> list[tuple[str, str]]:
         *((name, version(name)) for name in ("torch", "diffusers")),
         ("Python", platform.python_version()),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("processor", f"{processor_name()}; {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
+        ("processor", f"{processor_name()}; {os.cpu_count()} cores, torch on {torch.get_num_threads()}"),
         ("device of the run", where),
         ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
     ]
