@@ -21,11 +21,16 @@ def call(
     kwargs: Mapping[str, Any] | None = None,
     *,
     like: fx.Node,
-    made_by: str,
+    made_by: str | None = None,
     layer: str | None = None,
     name: str | None = None,
 ) -> fx.Node:
     """A new `call_function` at the graph's insertion point, with its `val` inferred and the source of `like`.
+
+    Args:
+        like: the node whose place in the model's source the new one inherits.
+        made_by: the pass; left out, the pipeline fills in the name of the running one.
+        layer: the slab layer the node computes.
 
     Raises:
         PassError: the operation does not take these arguments.
