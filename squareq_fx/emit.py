@@ -202,9 +202,10 @@ def _attach(root: nn.Module, graph: fx.Graph, key: str, value: torch.Tensor) -> 
 
 
 def _free_path(root: nn.Module, key: str) -> str:
-    """`key`, unless its first part is the name of a function of the graph."""
+    """`key`, unless its first part is the name of a function of the graph or of an attribute of the module."""
     first = key.partition(".")[0]
-    taken = isinstance(getattr(root, first, None), fx.GraphModule)
+    taken = isinstance(getattr(root, first, None), fx.GraphModule) or hasattr(CompiledModule, first)
+    taken = taken or first in ("config", "meta", "runtime", "training")
     return f"weights.{key}" if taken else key
 
 
