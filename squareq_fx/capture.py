@@ -12,10 +12,13 @@ import copy
 import gc
 import inspect
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -74,7 +77,7 @@ def capture(
     traced = _Skeleton(model, rebuild_call(signature, arguments), dims)
     exported = traced.export(tensors)
     gm = _explicit(exported, traced, paths, model)
-    guards = tuple(guard.expr for guard in fake_mode(gm).shape_env.guards)
+    guards = tuple(dict.fromkeys((*(guard.expr for guard in fake_mode(gm).shape_env.guards), *traced.branches)))
     _relocate(gm, target)
     literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
     blocks = slab.block_paths if slab is not None and slab.block_paths and block_pattern is None else None
@@ -175,6 +178,7 @@ class _Skeleton:
         self.dims = list(dims.values()) if dims is not None else None
         self.output_leaves: tuple[tuple[Any] | None, ...] = ()
         self.output_spec: Any = None
+        self.branches: list[Any] = []
         self.module, self.constants = skeleton(model)
         self._wrap_forward(build)
 
@@ -251,7 +255,7 @@ class _Skeleton:
     def _try(self, tensors: list[torch.Tensor], dynamic: list[dict[int, Any]]) -> Any:
         fresh = tuple(_on_meta(t) for t in tensors)  # Dim.AUTO marks the tensors it is given
         try:
-            with torch.no_grad(), warnings.catch_warnings(), _paused_collector():
+            with torch.no_grad(), warnings.catch_warnings(), _paused_collector(), _noting_branches() as self.branches:
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
                 if any(_mutates(node) for node in exported.graph.nodes):
@@ -265,6 +269,31 @@ class _Skeleton:
                 "The forward must not branch on tensor values or call untraceable code; with example_inputs you choose "
                 "which optional arguments are traced."
             ) from error
+
+
+@contextlib.contextmanager
+def _noting_branches() -> Iterator[list[Any]]:
+    """Collects the conditions on sizes that Python code outside torch branched on, as they turned out.
+
+    `torch.export` takes every dynamic size to be 2 or more, so it records no condition for `if x.shape[0] == 1`, and the trace
+    would silently be the wrong program for a batch of 1.
+    """
+    taken: list[Any] = []
+    original, inside = torch.SymBool.__bool__, os.path.dirname(torch.__file__) + os.sep
+
+    def noting(self: torch.SymBool) -> bool:
+        answer = original(self)
+        if not sys._getframe(1).f_code.co_filename.startswith(inside):
+            condition = sympy.sympify(self.node.expr)
+            if condition.free_symbols:
+                taken.append(condition if answer else sympy.Not(condition))
+        return answer
+
+    torch.SymBool.__bool__ = noting  # type: ignore[method-assign]
+    try:
+        yield taken
+    finally:
+        torch.SymBool.__bool__ = original  # type: ignore[method-assign]
 
 
 class _Literals(TorchFunctionMode):
