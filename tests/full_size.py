@@ -54,11 +54,9 @@ class _NoData:
     """The shapes of a model's tensors, with nothing in them; planning reads no more."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = named_tensors(model)
-
-    @property
-    def specs(self) -> Mapping[str, SourceTensor]:
-        return {name: SourceTensor(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
+        self.specs: Mapping[str, SourceTensor] = {
+            name: SourceTensor(t.dtype, tuple(t.shape)) for name, t in named_tensors(model).items()
+        }
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         raise AssertionError(f"a sparse slab holds no data, but {name} was read")
