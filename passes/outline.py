@@ -177,7 +177,7 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
         local = key.removeprefix(prefix + ".") if prefix else key
         env[node] = _parameter(graph, node, local)
     for node in data:
-        env[node] = _parameter(graph, node, node.name)
+        env[node] = _parameter(graph, node, dict(info(node).arguments).get(str(run.block), node.name))
     derived = {node: found for node in others if (found := _readable(node, data)) is not None}
     for node in others:
         if node not in derived:
@@ -209,7 +209,7 @@ def _parameter(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
     new.meta["val"] = node.meta["val"]
     record = info(node)
     kind = "weight" if record.kind == "weight" else "input"
-    return set_info(new, kind=kind, key=name, layer=None, made_by="outline")
+    return set_info(new, kind=kind, key=name, made_by="outline")
 
 
 def _readable(size: fx.Node, data: list[fx.Node]) -> tuple[fx.Node, int] | None:
@@ -286,14 +286,17 @@ def _call(
         node.meta["val"] = tuple(o.meta["val"] for o in outputs)
         results = []
         for i, output in enumerate(outputs):
+            called = info(output).arguments[0][1] if info(output).arguments else str(i)
+            name = identifier(f"{segment}_{called}")
             with graph.inserting_before(run.nodes[0]):
-                item = graph.create_node("call_function", operator.getitem, (node, i), name=f"{identifier(segment)}_{i}")
+                item = graph.create_node("call_function", operator.getitem, (node, i), name=name)
             item.meta["val"] = output.meta["val"]
-            results.append(set_info(item, made_by="outline"))
+            results.append(set_info(item, made_by="outline", arguments=info(output).arguments))
     for key in ("stack_trace", "nn_module_stack"):
         if key in source:
             node.meta[key] = source[key]
-    set_info(node, made_by="outline", key=segment)
+    single = info(outputs[0]).arguments if len(outputs) == 1 else ()
+    set_info(node, made_by="outline", key=segment, arguments=single)
     inside = set(run.nodes)
     for old, new in zip(outputs, results):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)

@@ -14,6 +14,7 @@ import inspect
 import operator
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ from squareq_fx.errors import BindingError, CaptureError
 from squareq_fx.families import family_inputs
 from squareq_fx.inference import infer
 from squareq_fx.ir import CallSpec, Level, Program, fake_mode, identifier, info, set_info, set_program
+from squareq_fx.ops import argument
 from squareq_fx.slab.inputs import restore_inputs
 from squareq_fx.slab.manifest import model_signature
 from squareq_fx.slab.reader import Slab
@@ -74,13 +76,16 @@ def capture(
     tensors = [leaf for leaf in flatten_call(arguments).values() if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise CaptureError(f"{type(model).__name__}: the example inputs hold no tensor, so there is nothing to trace")
+    start = time.perf_counter()
+    stored = slab.block_paths if slab is not None and block_pattern is None else ()
+    blocks = tuple(stored) or block_paths(model, block_pattern)
     traced = _Skeleton(model, rebuild_call(signature, arguments), dims)
+    traced.name_arguments(blocks)
     exported = traced.export(tensors)
     gm = _explicit(exported, traced, paths, model)
     guards = tuple(dict.fromkeys((*(guard.expr for guard in fake_mode(gm).shape_env.guards), *traced.branches)))
     _relocate(gm, target)
     literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
-    blocks = slab.block_paths if slab is not None and slab.block_paths and block_pattern is None else None
     return set_program(
         gm,
         Program(
@@ -88,10 +93,11 @@ def capture(
             call=CallSpec(signature, tuple(paths), literals, traced.output_leaves, traced.output_spec),
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             model_signature=model_signature(model),
-            block_paths=tuple(blocks) if blocks is not None else block_paths(model, block_pattern),
+            block_paths=blocks,
             device=target,
             dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
             guards=guards,
+            capture_seconds=time.perf_counter() - start,
             constants=traced.constants,
             tied=_tied(model),
         ),
@@ -205,6 +211,19 @@ class _Skeleton:
 
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
         self.module.__class__ = traced
+
+    def name_arguments(self, blocks: tuple[str, ...]) -> None:
+        """While tracing, every block says what it calls the tensors it is given: the names a reader knows them by."""
+        for path in blocks:
+            module = self.module.get_submodule(path)
+            names = list(inspect.signature(module.forward).parameters)
+
+            def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path, names: list[str] = names) -> None:
+                for name, leaf in flatten_call(dict(zip(names, args)) | kwargs).items():
+                    if isinstance(leaf, torch.Tensor):
+                        argument(leaf, path, name)
+
+            module.register_forward_pre_hook(tell, with_kwargs=True)
 
     def _state_relations(self, tokens: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...]) -> None:
         sizes: dict[str, Any] = {name: token.shape[0] for name, token in zip(self.tokens, tokens)}
@@ -415,6 +434,10 @@ def _explicit(exported: Any, traced: _Skeleton, paths: list[str], model: nn.Modu
     env.update(_spell_tokens(graph, tokens, traced, [n for n in graph.nodes if info(n).kind == "input"]))
     for node in exported.graph.nodes:
         if node.op == "placeholder" or node in env:
+            continue
+        if node.target is argument:
+            value, block, name = env[node.args[0]], *node.args[1:]
+            set_info(value, arguments=(*info(value).arguments, (block, name)))
             continue
         if node.op == "get_attr":
             raise CaptureError(f"{traced.model_name}: control flow with its own subgraph ({node.target}) is not supported")

@@ -15,7 +15,7 @@ from squareq_fx.specs import short_spec
 
 __all__ = ["draw"]
 
-_ROW, _PAD, _LANE, _BOX = 22, 46, 92, 400
+_ROW, _PAD, _LANE, _BOX = 22, 46, 112, 400
 _PALETTE = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b", "#ff9da6", "#79706e")
 _PLAIN, _INT8, _INPUT = "#d5d8dc", "#4c78a8", "#eaf2f8"
 

@@ -44,7 +44,9 @@ def call(
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` read `new`, and remove `old`."""
+    """Let every user of `old` read `new`, and remove `old`; blocks go on calling the value what they did."""
+    if info(old).arguments:
+        set_info(new, arguments=tuple(dict.fromkeys(info(new).arguments + info(old).arguments)))
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 

@@ -62,12 +62,14 @@ class Info:
         key: an input's path in the call (`added_cond_kwargs['time_ids']`); a weight's name in the state dict or slab.
         layer: the slab layer this node computes or belongs to.
         made_by: the pass that made the node; None for what capture made.
+        arguments: (block, name) pairs: what streaming blocks call this value in their own forward.
     """
 
     kind: str = "node"
     key: str | None = None
     layer: str | None = None
     made_by: str | None = None
+    arguments: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Program:
         constants: tensors that are neither parameter nor buffer, by weight key; shared, never written.
         tied: other names of a weight (tied tensors, shared modules), each to the key the graph knows it by.
         notes: what a reader should know and no node shows (layers that are never called).
+        capture_seconds: how long the capture took.
         history: every stage so far, capture first.
     """
 
@@ -144,6 +147,7 @@ class Program:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    capture_seconds: float = 0.0
     history: tuple[Stage, ...] = ()
 
 

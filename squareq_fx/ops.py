@@ -7,6 +7,7 @@
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
 | `prefetch(block, *, visit, nbytes, offset)` | start the copy that a later `load` of the same block and visit will wait for |
 | `unpack(weights, offset, size, dtype)` | a view into the flat buffer, one weight of the block |
+| `argument(x, module, name)` | while tracing only: `x` is what the module calls `name`; `capture` turns it into a record |
 
 `load`, `evict` and `prefetch` act on the runtime that is active in the current context (`activate`).
 """
@@ -23,7 +24,7 @@ from torch.fx.node import has_side_effect
 
 from squareq_fx.errors import RuntimeStateError
 
-__all__ = ["RuntimeProtocol", "activate", "evict", "int8_linear", "load", "prefetch", "unpack"]
+__all__ = ["RuntimeProtocol", "activate", "argument", "evict", "int8_linear", "load", "prefetch", "unpack"]
 
 
 class RuntimeProtocol(Protocol):
@@ -65,6 +66,7 @@ _LIBRARY.define(
 _LIBRARY.define("load(str block, *, int visit, int nbytes, int? offset=None, Device device) -> Tensor")
 _LIBRARY.define("evict(Tensor weights, str block, int visit) -> ()")
 _LIBRARY.define("prefetch(str block, *, int visit, int nbytes, int? offset=None) -> ()")
+_LIBRARY.define("argument(Tensor x, str module, str name) -> ()")
 _LIBRARY.define("unpack(Tensor(a) weights, int offset, int[] size, ScalarType dtype) -> Tensor(a)")
 
 
@@ -118,6 +120,11 @@ def _unpack_kernel(weights: torch.Tensor, offset: int, size: list[int], dtype: t
     return weights.narrow(0, offset, nbytes).view(dtype).view(size)
 
 
+def _argument_kernel(x: torch.Tensor, module: str, name: str) -> None:
+    return None
+
+
+_LIBRARY.impl("argument", _argument_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("int8_linear", _int8_linear_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("int8_linear", _int8_linear_autograd, "Autograd")
 _LIBRARY.impl("load", _load_kernel, "CompositeExplicitAutograd")
@@ -161,6 +168,12 @@ def _prefetch_fake(block: str, *, visit: int, nbytes: int, offset: int | None = 
     return None
 
 
+@torch.library.register_fake("squareq::argument", lib=_LIBRARY)
+def _argument_fake(x: torch.Tensor, module: str, name: str) -> None:
+    return None
+
+
+argument = torch.ops.squareq.argument.default
 int8_linear = torch.ops.squareq.int8_linear.default
 load = torch.ops.squareq.load.default
 evict = torch.ops.squareq.evict.default
@@ -168,5 +181,5 @@ prefetch = torch.ops.squareq.prefetch.default
 unpack = torch.ops.squareq.unpack.default
 
 # Dead-code elimination would delete nodes that nothing uses, and two loads would look like one.
-for _op in (load, evict, prefetch):
+for _op in (load, evict, prefetch, argument):
     has_side_effect(_op)

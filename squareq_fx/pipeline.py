@@ -56,7 +56,7 @@ def run(
         raise PassError(f"until={until!r} names no pass; the passes are capture, {', '.join(names)}")
     if not program(gm).history:
         check(gm)
-        gm = _record(gm, gm, "capture", 0.0, observe)
+        gm = _record(gm, gm, "capture", program(gm).capture_seconds, observe)
     if until == "capture":
         return gm
     for transform, name in zip(passes, names):

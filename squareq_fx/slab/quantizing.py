@@ -82,7 +82,7 @@ def quantize_item(item: QuantizeItem, source: TensorSource, file: DataFile) -> D
     """
     layer = item.layer
     (out, width), packed = layer.orig_shape, layer.packed_shape[1]
-    rows = max(1, _PIECE // max(width, 1))
+    rows = max(1, _PIECE // max(packed, 1))
     scale = torch.empty(out, dtype=torch.float32)
     digest, sums = xxhash.xxh3_64(), [0.0, 0.0, 0.0]
     for start in range(0, out, rows):
@@ -95,9 +95,8 @@ def quantize_item(item: QuantizeItem, source: TensorSource, file: DataFile) -> D
         data = raw_bytes(q)
         digest.update(data)
         file.write(layer.qweight_key, start * packed, data)
-        error_ = torch.addcmul(w, q[:, :width].to(torch.float32), scale[start:stop].unsqueeze(1), value=-1)
-        for i, value in enumerate(_products(w.reshape(-1), error_.reshape(-1))):
-            sums[i] += value
+        lost = torch.addcmul(w, q[:, :width].to(torch.float32), scale[start:stop].unsqueeze(1), value=-1)
+        sums = [a + b for a, b in zip(sums, _products(w.reshape(-1), lost.reshape(-1)))]
     checksums = {
         layer.qweight_key: digest.hexdigest(),
         layer.scale_key: _write_vector(file, layer.scale_key, scale),
