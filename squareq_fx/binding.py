@@ -7,11 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from squareq_fx.calls import bind, flatten_call
 from squareq_fx.errors import BindingError
@@ -30,6 +28,8 @@ class Binding:
     """
 
     def __init__(self, gm: fx.GraphModule, name: str) -> None:
+        import sympy  # half a second that importing this package must not take; torch has loaded it by now
+
         record = program(gm)
         self.call, self.device, self.name = record.call, record.device, name
         nodes = [n for n in gm.graph.nodes if n.op == "placeholder" and info(n).kind == "input"]
@@ -173,9 +173,9 @@ class _Guards:
     def __init__(self, expressions: Sequence[Any]) -> None:
         self._conditions: list[tuple[str, Callable[..., bool], list[str]]] = []
         for expression in expressions:
-            if expression in (sympy.true, True):
+            text = _text(expression)
+            if text == "True":
                 continue
-            text = PythonPrinter().doprint(expression)
             names = sorted(map(str, expression.free_symbols))
             self._conditions.append((text, _compiled(text, names), names))
 
@@ -196,12 +196,20 @@ def _compiled(text: str, names: list[str]) -> Callable[..., bool]:
 
 
 def _evaluate(size: Any, symbols: Mapping[str, int]) -> int:
-    text = PythonPrinter().doprint(size)
+    text = _text(size)
     names = sorted(map(str, size.free_symbols))
     return int(_compiled(text, names)(*(symbols[n] for n in names)))
 
 
+def _text(expression: Any) -> str:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint(expression)
+
+
 def _expression(size: Any) -> Any:
+    import sympy
+
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
