@@ -104,8 +104,8 @@ def _same_type(node: fx.Node) -> fx.Node | None:
     """A cast, alias or `contiguous` whose result has the very type of its input is that input."""
     if node.target not in _CASTS | _ALIASES | {aten.contiguous.default, aten.clone.default}:
         return None
-    x = node.args[0]
-    if not isinstance(x, fx.Node) or node.kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+    x, memory_format = node.args[0], node.kwargs.get("memory_format")
+    if not isinstance(x, fx.Node) or memory_format not in (None, torch.preserve_format, torch.contiguous_format):
         return None
     if node.target is aten.contiguous.default and not _is_contiguous(x):
         return None

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from squareq_fx import ops
 from squareq_fx.binding import Binding
-from squareq_fx.capture import skeleton
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.ir import Level, Stage, clone, identifier, info, program
 from squareq_fx.runtime import Runtime, StepReport, WeightStore
 from squareq_fx.runtime.store import Backing
+from squareq_fx.skeleton import skeleton
 from squareq_fx.slab.reader import Slab
 from squareq_fx.weights import WeightValues
 

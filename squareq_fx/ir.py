@@ -242,7 +242,7 @@ def model_source(node: fx.Node) -> str:
     path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0] and "metadata_hook" not in entry[0]), "")
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
-    outside = [i for i in frames if "/torch/" not in lines[i] and "squareq_fx/capture" not in lines[i]] or frames
+    outside = [i for i in frames if "/torch/" not in lines[i] and "squareq_fx/tracing" not in lines[i]] or frames
     where = ""
     if outside:
         i = outside[-1]

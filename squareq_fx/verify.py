@@ -193,7 +193,8 @@ def _claim(node: fx.Node, key: tuple[str, int], ranges: dict[tuple[str, int], tu
         return
     start, end = int(offset), int(offset) + int(node.kwargs["nbytes"])  # type: ignore[arg-type]
     if start < 0 or end > arena:
-        raise _broken(node, "", f"its bytes {start}..{end} lie outside the arena of {arena} bytes; set the program's arena_bytes")
+        outside = f"its bytes {start}..{end} lie outside the arena of {arena} bytes"
+        raise _broken(node, "", f"{outside}; set the program's arena_bytes")
     for other, (low, high) in ranges.items():
         if start < high and low < end:
             owner = f"block {other[0]!r} visit {other[1]} ({low}..{high})"

@@ -77,9 +77,7 @@ def build_slab(
     opened = open_source(source, model_class)
     try:
         if paths.data.exists() and any(paths.data.samefile(file) for file in opened.files):
-            raise SlabError(
-                f"{paths.data} is the checkpoint itself and would be overwritten; choose another path"
-            )
+            raise SlabError(f"{paths.data} is the checkpoint itself and would be overwritten; choose another path")
         plan = make_plan(
             opened,
             include_prefixes=include_prefixes,
@@ -153,9 +151,7 @@ def _label(item: QuantizeItem | CopyItem) -> str:
 
 
 def _work(item: QuantizeItem | CopyItem, source: TensorSource, file: DataFile) -> Done:
-    return (
-        quantize_item(item, source, file) if isinstance(item, QuantizeItem) else copy_item(item, source, file)
-    )
+    return quantize_item(item, source, file) if isinstance(item, QuantizeItem) else copy_item(item, source, file)
 
 
 def _commit(plan: BuildPlan, paths: SlabPaths) -> None:

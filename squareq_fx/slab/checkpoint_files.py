@@ -91,9 +91,7 @@ def _indexed(directory: Path, index: str, present: list[str]) -> list[Path]:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if name not in present]
     if missing or not names:
-        raise SlabError(
-            f"{directory / index} names files that are not there", [ascii(name) for name in missing]
-        )
+        raise SlabError(f"{directory / index} names files that are not there", [ascii(name) for name in missing])
     return [directory / name for name in names]
 
 

@@ -28,11 +28,7 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
-        if (
-            len(example_inputs) == 2
-            and isinstance(example_inputs[0], tuple | list)
-            and isinstance(example_inputs[1], dict)
-        ):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple | list) and isinstance(example_inputs[1], dict):
             return tuple(example_inputs[0]), dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise SlabError(
@@ -86,11 +82,7 @@ def _describe(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, tuple | list):
         inner = [_describe(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
         return {"tuple": inner} if isinstance(value, tuple) else inner
-    if (
-        value is None
-        or isinstance(value, bool | int | str)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise SlabError(
         f"example input {where} of type {type(value).__name__} cannot be recorded; use tensors, "
@@ -113,9 +105,7 @@ def _restore(value: Any, where: str, device: str | torch.device, depth: int) -> 
             return tuple(_restore(v, f"{where}[{i}]", device, depth + 1) for i, v in enumerate(inner))
         if tag == "dict" and isinstance(inner, dict):
             return {k: _restore(v, f"{where}.{k}", device, depth + 1) for k, v in inner.items()}
-    raise SlabError(
-        f"the input signature is wrong at {where}: expected tensor, tuple or dict, got {ascii(value)[:80]}"
-    )
+    raise SlabError(f"the input signature is wrong at {where}: expected tensor, tuple or dict, got {ascii(value)[:80]}")
 
 
 def _restore_tensor(spec: Any, where: str, device: str | torch.device) -> torch.Tensor:
@@ -130,6 +120,4 @@ def _restore_tensor(spec: Any, where: str, device: str | torch.device) -> torch.
             and math.prod(d or 1 for d in shape) * dtype.itemsize <= _LARGEST
         ):
             return torch.zeros(shape, dtype=dtype, device=device)
-    raise SlabError(
-        f"the input signature is wrong at {where}: not a tensor's shape and dtype: {ascii(spec)[:80]}"
-    )
+    raise SlabError(f"the input signature is wrong at {where}: not a tensor's shape and dtype: {ascii(spec)[:80]}")

@@ -101,8 +101,7 @@ def select_layers(
     for name, linear in chosen.items():
         if linear._parameters.get("weight") is None:
             problems.append(
-                f"{name}: its weight is computed, not stored (a parametrisation?); remove that first, "
-                f"or exclude the layer"
+                f"{name}: its weight is computed, not stored (a parametrisation?); remove that first, or exclude the layer"
             )
     return chosen
 
@@ -158,9 +157,7 @@ def _check_group(source: Source, group: Group, problems: list[str]) -> None:
         problems.append(f"{use.name}: not initialised yet; run the model once before building")
         return
     if is_traceable_wrapper_subclass(use.tensor) or use.tensor.layout != torch.strided:
-        problems.append(
-            f"{use.name}: is a {type(use.tensor).__name__}, {use.tensor.layout}, not a plain tensor"
-        )
+        problems.append(f"{use.name}: is a {type(use.tensor).__name__}, {use.tensor.layout}, not a plain tensor")
         return
     specs = source.tensors.specs
     if source.stored is None:
@@ -172,18 +169,12 @@ def _check_group(source: Source, group: Group, problems: list[str]) -> None:
         stored = [name for name in group.names if name in source.stored]
         group.source = stored[0] if stored else _from_skeleton(source, group)
         if not group.source:
-            reason = (
-                "missing from the checkpoint"
-                if use.persistent
-                else "not stored, and the skeleton gives it no value"
-            )
+            reason = "missing from the checkpoint" if use.persistent else "not stored, and the skeleton gives it no value"
             problems.append(f"{use.name}: {reason}")
             return
         for other in stored[1:]:
             if specs[other] != specs[stored[0]] or _differ(source, stored[0], other):
-                problems.append(
-                    f"{other}: is tied to {stored[0]}, but the checkpoint holds different values for it"
-                )
+                problems.append(f"{other}: is tied to {stored[0]}, but the checkpoint holds different values for it")
     _check_spec(source, group, problems)
 
 
@@ -202,9 +193,7 @@ def _check_spec(source: Source, group: Group, problems: list[str]) -> None:
         problems.append(f"{group.source}: has shape {list(spec.shape)}, the model needs {list(shape)}")
     if any(u.quantised for u in group.uses):
         if spec.dtype not in _QUANTISABLE:
-            problems.append(
-                f"{group.source}: dtype {spec.dtype} cannot be quantised, it must be floating point"
-            )
+            problems.append(f"{group.source}: dtype {spec.dtype} cannot be quantised, it must be floating point")
     elif spec.dtype not in DTYPE_NAMES:
         problems.append(f"{group.source}: dtype {spec.dtype} cannot be stored in a safetensors file")
     elif (spec.dtype.is_floating_point, spec.dtype.is_complex) != (dtype.is_floating_point, dtype.is_complex):

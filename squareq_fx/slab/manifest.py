@@ -150,14 +150,10 @@ def parse_manifest(raw: bytes, name: str, problems: list[str]) -> Manifest | Non
         return None
     entries = [e for i, item in enumerate(layers) if (e := _parse_layer(item, i, problems)) is not None]
     if document["layer_count"] != len(layers):
-        problems.append(
-            f"layer_count is {_show(document['layer_count'])} but {len(layers)} layers are listed"
-        )
+        problems.append(f"layer_count is {_show(document['layer_count'])} but {len(layers)} layers are listed")
     total = sum(e.packed_shape[0] * e.packed_shape[1] for e in entries)
     if len(entries) == len(layers) and document["total_qweight_bytes"] != total:
-        problems.append(
-            f"total_qweight_bytes is {_show(document['total_qweight_bytes'])} but the layers sum to {total}"
-        )
+        problems.append(f"total_qweight_bytes is {_show(document['total_qweight_bytes'])} but the layers sum to {total}")
     names = [e.canonical_name for e in entries]
     problems += [f"layer {name!a} is listed twice" for name, n in Counter(names).items() if n > 1]
     if names != sorted(names):
@@ -183,9 +179,7 @@ def check_tensors(manifest: Manifest, tensors: dict[str, TensorEntry], problems:
             if entry is None:
                 problems.append(f"tensor {key!a} of layer {layer.canonical_name!a} is missing")
             elif (entry.dtype, entry.shape) != (dtype, shape):
-                problems.append(
-                    f"tensor {key!a} is {entry.dtype} {list(entry.shape)}, should be {dtype} {list(shape)}"
-                )
+                problems.append(f"tensor {key!a} is {entry.dtype} {list(entry.shape)}, should be {dtype} {list(shape)}")
 
 
 def _check_head(document: dict[str, Any], problems: list[str]) -> None:
@@ -195,22 +189,16 @@ def _check_head(document: dict[str, Any], problems: list[str]) -> None:
     if not isinstance(document["architecture_id"], str):
         problems.append(f"architecture_id must be a string, got {_show(document['architecture_id'])}")
     if document["quant_version"] != QUANT_VERSION:
-        problems.append(
-            f"quant_version is {_show(document['quant_version'])}, this reader knows {QUANT_VERSION!r}"
-        )
+        problems.append(f"quant_version is {_show(document['quant_version'])}, this reader knows {QUANT_VERSION!r}")
     if not strict_json.plain_int(abi) or abi < 1:
         problems.append(f"kernel_abi_version must be a positive integer, got {_show(abi)}")
     elif abi > KERNEL_ABI_VERSION:
-        problems.append(
-            f"kernel_abi_version {abi} is newer than this reader's {KERNEL_ABI_VERSION}; update squareq_fx"
-        )
+        problems.append(f"kernel_abi_version {abi} is newer than this reader's {KERNEL_ABI_VERSION}; update squareq_fx")
     runtime = document["min_runtime_version"]
     if not isinstance(runtime, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", runtime, re.ASCII):
         problems.append(f"min_runtime_version must be like {RUNTIME_VERSION!r}, got {_show(runtime)}")
     elif _version(runtime) > _version(RUNTIME_VERSION):
-        problems.append(
-            f"min_runtime_version {runtime} is newer than this reader's {RUNTIME_VERSION}; update squareq_fx"
-        )
+        problems.append(f"min_runtime_version {runtime} is newer than this reader's {RUNTIME_VERSION}; update squareq_fx")
     for key in ("layer_count", "total_qweight_bytes"):
         if not strict_json.plain_int(document[key]) or document[key] < 0:
             problems.append(f"{key} must be an integer, got {_show(document[key])}")
@@ -246,11 +234,7 @@ def _parse_layer(item: Any, index: int, problems: list[str]) -> LayerEntry | Non
     for key, value in asdict(entry).items():
         expected = list(value) if isinstance(value, tuple) else value
         if type(item[key]) is not type(expected) or item[key] != expected:
-            hint = (
-                "; this reader has kernels for 8 only"
-                if key == "quant_bits"
-                else f", should be {_show(expected)}"
-            )
+            hint = "; this reader has kernels for 8 only" if key == "quant_bits" else f", should be {_show(expected)}"
             problems.append(f"{where}: {key} is {_show(item[key])}{hint}")
     return entry
 

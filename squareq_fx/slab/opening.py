@@ -55,13 +55,9 @@ def open_slab(path: str | os.PathLike[str], *, expected_signature: str | None = 
         raise SlabError(f"cannot read slab {paths.stem}: {error}") from error
     extras = parse_extras(header, problems) if header else None
     if extras and extras.manifest_sha256 != hashlib.sha256(raw_manifest).hexdigest():
-        problems.append(
-            "the manifest is not the one the data file was written with; they are of different builds"
-        )
+        problems.append("the manifest is not the one the data file was written with; they are of different builds")
     if manifest and expected_signature is not None and manifest.model_signature != expected_signature:
-        problems.append(
-            f"built for a model of signature {manifest.model_signature}, this one has {expected_signature}"
-        )
+        problems.append(f"built for a model of signature {manifest.model_signature}, this one has {expected_signature}")
     if manifest and header:
         check_tensors(manifest, header.tensors, problems)
         _check_values(manifest, header, mapping, extras.checksums if extras else {}, problems)
@@ -86,9 +82,7 @@ def _map_file(paths: SlabPaths, problems: list[str]) -> tuple[Header | None, tor
     try:
         header = read_header(fd, paths.data.name)
         size = header.data_start + header.data_nbytes
-        private = mmap.mmap(
-            fd, size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        private = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return header, torch.frombuffer(private, dtype=torch.uint8)
     except SlabError as error:
         problems += [str(error)] if not error.problems else [f"header: {p}" for p in error.problems]
@@ -136,9 +130,7 @@ def _check_segments(extras: Extras, tensors: dict[str, TensorEntry], problems: l
             problems.append(f"segment {name!a} is not in the order of segment_layout")
 
 
-def _check_names(
-    extras: Extras, manifest: Manifest, tensors: dict[str, TensorEntry], problems: list[str]
-) -> None:
+def _check_names(extras: Extras, manifest: Manifest, tensors: dict[str, TensorEntry], problems: list[str]) -> None:
     layers = {layer.canonical_name for layer in manifest.layers}
     if set(extras.fidelity) != layers:
         problems.append("the fidelity figures are not those of the manifest's layers")

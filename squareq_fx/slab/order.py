@@ -57,9 +57,7 @@ def record_execution(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return visits
 
 
-def group_segments(
-    owners: Sequence[str], visits: Iterable[str] | None, blocks: Iterable[str]
-) -> list[tuple[str, list[str]]]:
+def group_segments(owners: Sequence[str], visits: Iterable[str] | None, blocks: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Cut the owners of tensors into segments: each block is one, and so is each run between two blocks.
 
     A module that runs in several segments belongs to the first. A module that never runs itself goes with the

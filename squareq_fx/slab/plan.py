@@ -188,10 +188,7 @@ def _lay_out(
     if clashes:
         raise SlabError(
             f"no slab can be built from {source.what}",
-            (
-                f"{key}: two tensors would be stored under this name; rename one or exclude the layer"
-                for key in clashes
-            ),
+            (f"{key}: two tensors would be stored under this name; rename one or exclude the layer" for key in clashes),
         )
     return list(ordered.values()), placed, tensors
 

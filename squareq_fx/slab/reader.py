@@ -68,9 +68,7 @@ class Slab:
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self.layers: Mapping[str, LayerEntry] = MappingProxyType(
-            {e.canonical_name: e for e in manifest.layers}
-        )
+        self.layers: Mapping[str, LayerEntry] = MappingProxyType({e.canonical_name: e for e in manifest.layers})
         self.tensors: Mapping[str, TensorEntry] = MappingProxyType(tensors)
         quantised = {key for layer in manifest.layers for key in layer.keys}
         self.passthrough: Mapping[str, TensorEntry] = MappingProxyType(
@@ -159,9 +157,7 @@ class Slab:
     def __enter__(self) -> Slab:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -97,9 +97,7 @@ def read_header(fd: int, name: str) -> Header:
         raise SlabError(f"{name} is not a safetensors file: it has only {size} bytes")
     length = int.from_bytes(prefix, "little")
     if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-        raise SlabError(
-            f"{name} is truncated or not a safetensors file: header of {length} bytes, file of {size}"
-        )
+        raise SlabError(f"{name} is truncated or not a safetensors file: header of {length} bytes, file of {size}")
     raw = os.pread(fd, length, 8)
     if len(raw) != length or raw[:1] != b"{":
         raise SlabError(f"{name} is truncated or not a safetensors file: its header does not start with '{{'")
@@ -115,9 +113,7 @@ def read_header(fd: int, name: str) -> Header:
     return Header({e.name: e for e in tensors}, metadata, raw, 8 + length, size - 8 - length)
 
 
-def pack_header(
-    tensors: Iterable[TensorEntry], metadata: Mapping[str, str], length: int | None = None
-) -> bytes:
+def pack_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str], length: int | None = None) -> bytes:
     """The JSON of a header, padded with spaces so that the data section starts on a 4096 byte boundary.
 
     Args:
@@ -134,9 +130,7 @@ def pack_header(
     if length is None:
         length = -(-(8 + len(raw)) // _PAGE) * _PAGE - 8
     if len(raw) > min(length, _LONGEST_HEADER):
-        raise SlabError(
-            f"the header needs {len(raw)} bytes, more than the {min(length, _LONGEST_HEADER)} there are"
-        )
+        raise SlabError(f"the header needs {len(raw)} bytes, more than the {min(length, _LONGEST_HEADER)} there are")
     return raw.ljust(length, b" ")
 
 
@@ -182,6 +176,4 @@ def _check_contiguous(tensors: list[TensorEntry], data_nbytes: int, problems: li
             problems.append(f"{entry.name!a}: starts at {entry.offset} instead of {end}, so it {kind}")
         end = max(end, entry.offset + entry.nbytes)
     if end != data_nbytes:
-        problems.append(
-            f"the tensors take {end} bytes but the file holds {data_nbytes}: truncated or overlong"
-        )
+        problems.append(f"the tensors take {end} bytes but the file holds {data_nbytes}: truncated or overlong")

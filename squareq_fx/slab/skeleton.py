@@ -58,9 +58,7 @@ def open_source(source: nn.Module | str | os.PathLike[str], model_class: ModelCl
         model = _skeleton(path, model_class)
     elif path.is_file():
         if model_class is None:
-            raise SlabError(
-                f"{path} is one file: pass model_class, the model's class or a function that makes it"
-            )
+            raise SlabError(f"{path} is one file: pass model_class, the model's class or a function that makes it")
         files = [path]
         model = _skeleton(path.parent, model_class)
     else:
@@ -100,9 +98,7 @@ def _skeleton(directory: Path, model_class: ModelClass | None) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             model = make()
     except _BAD_CONFIG as error:
-        raise SlabError(
-            f"the model of {directory} cannot be made: {type(error).__name__}: {error}"
-        ) from error
+        raise SlabError(f"the model of {directory} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SlabError(f"model_class must make an nn.Module, it made {type(model).__name__}")
     tie = getattr(model, "tie_weights", None)
@@ -121,28 +117,20 @@ def _maker_from_config(directory: Path) -> Callable[[], nn.Module]:
 
         cls = getattr(diffusers, name, None)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise SlabError(
-                f"diffusers {diffusers.__version__} has no model {name!r}: update it or pass model_class"
-            )
+            raise SlabError(f"diffusers {diffusers.__version__} has no model {name!r}: update it or pass model_class")
         return lambda: cls.from_config(config)  # type: ignore[attr-defined]
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
         return _transformers_maker(directory, architectures[0])
-    raise SlabError(
-        f"{directory / 'config.json'} names neither _class_name nor architectures: pass model_class"
-    )
+    raise SlabError(f"{directory / 'config.json'} names neither _class_name nor architectures: pass model_class")
 
 
 def _transformers_maker(directory: Path, name: str) -> Callable[[], nn.Module]:
     try:
         import transformers
     except ImportError as error:
-        raise SlabError(
-            f"{directory} holds a transformers model ({name}): pip install transformers"
-        ) from error
+        raise SlabError(f"{directory} holds a transformers model ({name}): pip install transformers") from error
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise SlabError(
-            f"transformers {transformers.__version__} has no model {name!r}: update it or pass model_class"
-        )
+        raise SlabError(f"transformers {transformers.__version__} has no model {name!r}: update it or pass model_class")
     return lambda: cls(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))

@@ -56,9 +56,7 @@ class MemoryTensors:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = {
-            name: tensor.detach()
-            for name, tensor in tensors.items()
-            if not isinstance(tensor, UninitializedTensorMixin)
+            name: tensor.detach() for name, tensor in tensors.items() if not isinstance(tensor, UninitializedTensorMixin)
         }
         self._local = threading.local()
         self.specs = {name: SourceTensor(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
