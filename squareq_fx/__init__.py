@@ -22,7 +22,7 @@ from squareq_fx.errors import (
 from squareq_fx.inlining import inline
 from squareq_fx.passes import default_passes, insert_after
 from squareq_fx.pipeline import run
-from squareq_fx.show import show
+from squareq_fx.show import diff, show
 from squareq_fx.slab import Slab, build_slab, open_slab
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "capture",
     "compile",
     "default_passes",
+    "diff",
     "draw",
     "inline",
     "insert_after",

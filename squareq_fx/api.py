@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from squareq_fx.passes import default_passes
 from squareq_fx.pipeline import Pass, run
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab import Slab, open_slab
-from squareq_fx.weights import check_same_weights
+from squareq_fx.weights import check_same_model, check_same_weights
 
 __all__ = ["compile"]
 
@@ -36,6 +37,7 @@ def compile(
     budget: int | None = None,
     block_pattern: str | None = None,
     observe: Callable[[Stage], None] | None = None,
+    progress: bool = True,
 ) -> CompiledModule:
     """A model that computes on a slab's INT8 weights and loads them block by block.
 
@@ -52,6 +54,7 @@ def compile(
         slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
         block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
         observe: called after each stage.
+        progress: show the running stage on a terminal.
 
     Returns:
         A runnable `torch.fx.GraphModule`, called as the model is.
@@ -62,10 +65,30 @@ def compile(
         PassError: a pass refuses the graph or broke it.
     """
     opened = slab if isinstance(slab, Slab) else open_slab(slab)
+    check_same_model(model, opened)
     check_same_weights(model, opened)
     if passes is None:
         passes = default_passes(opened, slots=slots, distance=distance, budget=budget)
-    graph = capture(model, example_inputs, slab=opened, device=device, block_pattern=block_pattern)
-    return emit(run(graph, passes, until=until, observe=observe), model, opened, backing=backing, keep_resident=keep_resident)
+    with _status(type(model).__name__, progress) as show_stage:
+
+        def on_stage(stage: Stage) -> None:
+            show_stage(f"{stage.name} done in {stage.seconds:.1f} s")
+            if observe is not None:
+                observe(stage)
+
+        show_stage("capturing; half a minute for the largest models")
+        graph = capture(model, example_inputs, slab=opened, device=device, block_pattern=block_pattern)
+        graph = run(graph, passes, until=until, observe=on_stage)
+        return emit(graph, model, opened, backing=backing, keep_resident=keep_resident)
+
+
+@contextlib.contextmanager
+def _status(name: str, progress: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is going on; silent if that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=not progress)
+    with console.status(f"compiling {name}") as status:
+        yield lambda text: status.update(f"compiling {name}: {text}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import sys
@@ -14,7 +15,7 @@ from torch import fx
 from squareq_fx.ir import functions, info
 from squareq_fx.specs import short_spec
 
-__all__ = ["show"]
+__all__ = ["diff", "show"]
 
 _INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/",
@@ -63,6 +64,16 @@ def show(gm: fx.GraphModule, function: str | None = None) -> str:
         parts.append("\n".join([f"# called {times} time{'s' if times != 1 else ''}", *_definition(name, child, {})]))
     parts.append("\n".join(_definition("forward", gm, children)))
     return "\n\n".join(parts) + "\n"
+
+
+def diff(before: fx.GraphModule, after: fx.GraphModule) -> str:
+    """What changed between two graphs, as a unified diff of their programs.
+
+        stages = {stage.name: stage.graph for stage in gm.history}
+        print(squareq_fx.diff(stages["canonicalize"], stages["quantize"]))
+    """
+    old, new = (show(gm).splitlines() for gm in (before, after))
+    return "\n".join(difflib.unified_diff(old, new, "before", "after", n=1, lineterm=""))
 
 
 def _definition(name: str, gm: fx.GraphModule, children: dict[str, fx.GraphModule]) -> Iterator[str]:

@@ -11,9 +11,10 @@ from squareq_fx.errors import SlabError
 from squareq_fx.ir import Packed
 from squareq_fx.kernels.reference import dequantize
 from squareq_fx.runtime import Piece, Segment
+from squareq_fx.slab.manifest import model_signature
 from squareq_fx.slab.reader import Slab
 
-__all__ = ["WeightValues", "check_same_weights"]
+__all__ = ["WeightValues", "check_same_model", "check_same_weights"]
 
 _SAMPLED_ROWS = 3
 
@@ -104,6 +105,30 @@ class WeightValues:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def check_same_model(model: nn.Module, slab: Slab) -> None:
+    """The slab was built from this architecture, and holds what the model leaves on `meta`; asked before a long capture.
+
+    Raises:
+        SlabError: another model's signature, or weights that are nowhere.
+    """
+    signature = model_signature(model)
+    if signature != slab.signature:
+        raise SlabError(
+            f"{slab.path} was built from another model: its signature is {slab.signature}, that of {type(model).__name__} is "
+            f"{signature}. Build a slab from this model with squareq_fx.build_slab."
+        )
+    if slab.passthrough:
+        return
+    quantised = {f"{name}.{leaf}" for name in slab.layers for leaf in ("weight", "bias")}
+    missing = [k for k, p in model.named_parameters() if p.device.type == "meta" and k not in quantised]
+    if missing:
+        raise SlabError(
+            f"the model holds {len(missing)} weights on 'meta' and {slab.path.name} stores none but the quantised ones. Load "
+            "the model's weights, or build the slab with passthrough=True.",
+            missing,
+        )
 
 
 def check_same_weights(model: nn.Module, slab: Slab) -> None:

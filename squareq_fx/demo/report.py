@@ -20,7 +20,17 @@ from squareq_fx.demo import figures
 from squareq_fx.demo.figures import LayerFidelity
 from squareq_fx.demo.timeline import Timeline
 
-__all__ = ["PassRow", "Report", "Similarity", "SizeRow", "render", "write_report"]
+__all__ = [
+    "PassRow",
+    "Report",
+    "Similarity",
+    "SizeRow",
+    "format_bytes",
+    "format_seconds",
+    "highlight",
+    "render",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)

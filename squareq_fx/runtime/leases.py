@@ -168,4 +168,5 @@ class Leases:
 
 
 def describe(block: str, visit: int) -> str:
+    """A visit of a block, as messages name it."""
     return f"{block!r} (visit {visit})"

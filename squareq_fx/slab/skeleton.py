@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from squareq_fx.slab.sources import Checkpoint, MemoryTensors, Overlay, TensorSo
 __all__ = ["ModelClass", "Source", "ignored_when_loading", "named_tensors", "open_source"]
 
 ModelClass = type[nn.Module] | Callable[[], nn.Module]
+# init_empty_weights replaces a method of nn.Module for the whole process: two at a time would leave it replaced.
+_EMPTY_WEIGHTS = threading.Lock()
 _BAD_CONFIG = (TypeError, ValueError, LookupError, AttributeError, ImportError, OSError, RuntimeError)
 
 
@@ -95,7 +98,7 @@ def _skeleton(directory: Path, model_class: ModelClass | None) -> nn.Module:
     else:
         make = model_class
     try:
-        with init_empty_weights(include_buffers=False):
+        with _EMPTY_WEIGHTS, init_empty_weights(include_buffers=False):
             model = make()
     except _BAD_CONFIG as error:
         raise SlabError(f"the model of {directory} cannot be made: {type(error).__name__}: {error}") from error
