@@ -109,7 +109,15 @@ def _same_type(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is aten.contiguous.default and not _is_contiguous(x):
         return None
+    if node.target in _CASTS and _argument(node, "copy"):
+        return None
     return x if spec(x.meta["val"]) == spec(node.meta["val"]) else None
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """What the call gives for this argument of the operator, by position or keyword."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args), **node.kwargs).get(name)
 
 
 def _is_contiguous(node: fx.Node) -> bool:
