@@ -9,7 +9,7 @@ import triton.language as tl
 from squareq_fx.kernels.arguments import check_rows
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
 
-__all__ = ["TILES", "Tile", "dequantize_rows"]
+__all__ = ["TILES", "Tile", "dequantize_rows", "launch"]
 
 Tile = tuple[int, int, int]
 """(rows, columns, warps) of one program."""

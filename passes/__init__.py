@@ -26,7 +26,11 @@ __all__ = ["Canonicalize", "Outline", "Quantize", "Schedule", "Stream", "default
 
 
 def default_passes(slab: Slab, *, slots: int = 2, distance: int = 1, budget: int | None = None) -> tuple[Pass, ...]:
-    """What `compile` runs. `slots`, `distance` and `budget` (bytes) are those of `Schedule`."""
+    """What `compile` runs. `slots`, `distance` and `budget` (bytes) are those of `Schedule`.
+
+    Raises:
+        PassError: `distance` needs more slots.
+    """
     return (Canonicalize(), Quantize(slab), Outline(), Stream(), Schedule(slots, distance, budget))
 
 
