@@ -161,6 +161,7 @@ def main() -> None:
         checkpoint, target = work / "checkpoint", work / "slab"
         checkpoint.mkdir()
         nbytes = make_checkpoint(checkpoint)
+        os.sync()  # its write-back must not share the disk with the first run
         pairs = [
             (run_arm("build", checkpoint, target), run_arm("memory", checkpoint, target))
             for _ in range(options.repeats)

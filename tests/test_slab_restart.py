@@ -274,6 +274,7 @@ def test_two_builds_of_one_slab_do_not_meet(source: Path, tmp_path: Path) -> Non
     for thread in threads:
         thread.join(60)
     assert len(errors) <= 2 and all("another build" in error for error in errors)
+    assert not nn.Linear(2, 2).weight.is_meta
     open_slab(tmp_path / "s").verify()
     assert not list(tmp_path.glob("*.partial"))
 
