@@ -24,6 +24,7 @@ from squareq_fx.skeleton import skeleton
 
 __all__ = ["Skeleton", "on_meta"]
 
+_MIXES_DEVICES = ("is not on the expected device meta", "found two different devices")
 _AUTO = torch.export.Dim.AUTO
 
 
@@ -46,6 +47,7 @@ class Skeleton:
         self.output_leaves: tuple[tuple[Any] | None, ...] = ()
         self.output_spec: Any = None
         self.branches: list[Any] = []
+        self.default_device: torch.device | None = None
         self.module, self.constants = skeleton(model)
         self._wrap_forward(build)
 
@@ -67,7 +69,7 @@ class Skeleton:
             tokens, tensors = flat[:count], flat[count:]
             owner._state_relations(tokens, tensors)
             call = build(tensors)
-            with _Literals():
+            with owner.default_device or contextlib.nullcontext(), _Literals(owner.default_device):
                 return owner._flatten_output(super(traced, module).forward(*call.args, **call.kwargs))  # type: ignore[misc, arg-type]
 
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
@@ -128,6 +130,16 @@ class Skeleton:
         return sizes
 
     def _try(self, tensors: list[torch.Tensor], dynamic: list[dict[int, Any]]) -> Any:
+        try:
+            return self._traced(tensors, dynamic)
+        except CaptureError as error:
+            if self.default_device is not None or not any(phrase in str(error) for phrase in _MIXES_DEVICES):
+                raise
+        # The forward makes tensors without saying where, which is right for a model on the default device: let that be `meta`.
+        self.default_device = torch.device("meta")
+        return self._traced(tensors, dynamic)
+
+    def _traced(self, tensors: list[torch.Tensor], dynamic: list[dict[int, Any]]) -> Any:
         fresh = tuple(on_meta(t) for t in tensors)  # Dim.AUTO marks the tensors it is given
         try:
             with torch.no_grad(), warnings.catch_warnings(), _paused_collector(), _noting_branches() as self.branches:
@@ -176,12 +188,19 @@ def _noting_branches() -> Iterator[list[Any]]:
 class _Literals(TorchFunctionMode):
     """What a forward makes of Python values stays true: `torch.tensor([1, 2], device=x.device)` keeps its numbers, which `meta`
     would lose, and `torch.tensor([x.shape[0]])` its size, which `torch.tensor` would make a constant.
+
+    Args:
+        default: where tensors are made for which the forward names no device.
     """
+
+    def __init__(self, default: torch.device | None) -> None:
+        super().__init__()
+        self.default = default
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and args and not isinstance(args[0], torch.Tensor):
-            return _made(args[0], kwargs.pop("dtype", None), kwargs.pop("device", None), kwargs)
+            return _made(args[0], kwargs.pop("dtype", None), kwargs.pop("device", None) or self.default, kwargs)
         if func is torch.Tensor.new_tensor and len(args) == 2 and not isinstance(args[1], torch.Tensor):
             dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
             return _made(args[1], dtype or args[0].dtype, device or args[0].device, kwargs)
