@@ -24,7 +24,7 @@ from squareq_fx.skeleton import skeleton
 
 __all__ = ["Skeleton", "on_meta"]
 
-_MIXES_DEVICES = ("is not on the expected device meta", "found two different devices")
+_MIXES_DEVICES = ("is not on the expected device meta", "found two different devices", "found at least two devices")
 _AUTO = torch.export.Dim.AUTO
 
 
