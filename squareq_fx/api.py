@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from squareq_fx.capture import capture
 from squareq_fx.emit import CompiledModule, emit
+from squareq_fx.errors import SquareQError
 from squareq_fx.ir import Stage
 from squareq_fx.passes import default_passes
 from squareq_fx.pipeline import Pass, run
@@ -63,7 +64,10 @@ def compile(
         SlabError: the slab is damaged, of another model, or lacks a weight.
         CaptureError: the model cannot be captured or it is unknown what to call it with.
         PassError: a pass refuses the graph or broke it.
+        SquareQError: `backing` is not one of the three.
     """
+    if backing not in get_args(Backing):
+        raise SquareQError(f"backing={backing!r} is none of {', '.join(get_args(Backing))}")
     opened = slab if isinstance(slab, Slab) else open_slab(slab)
     check_same_model(model, opened)
     check_same_weights(model, opened)

@@ -96,8 +96,10 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
         first = next((t.device for t in model.parameters()), torch.device("cpu"))
         device = "cpu" if first.type == "meta" else first
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CaptureError(f"device={str(device)!r}, but torch sees no CUDA device here; leave device out to run on the CPU")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
