@@ -1,14 +1,17 @@
 """What the documents show runs: every python block of a file in order, in one namespace, in an empty folder.
 
 A block after `<!-- raises: ErrorName -->` must raise that error, and the ```text block behind it be part of the message.
+Functions that a document calls `test_...` are run at its end.
 """
 
 from __future__ import annotations
 
 import linecache
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,20 +48,22 @@ def blocks(text: str) -> list[Block]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": path.stem}
+    module = ModuleType(f"document_{path.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look for their own
+    namespace = vars(module)
     for block in blocks(path.read_text(encoding="utf-8")):
         name = f"{path.name}:{block.line}"
         linecache.cache[name] = (len(block.code), None, block.code.splitlines(keepends=True), name)
-        run = compile(block.code, name, "exec")
+        run = compile(block.code, name, "exec", dont_inherit=True)
         if block.error is None:
             exec(run, namespace)
             continue
         with pytest.raises(BaseException) as raised:
             exec(run, namespace)
-        assert block.error in [cls.__name__ for cls in type(raised.value).__mro__], (
-            f"{name}: {raised.value!r}"
-        )
+        assert block.error in [cls.__name__ for cls in type(raised.value).__mro__], f"{name}: {raised.value!r}"
         assert block.message in str(raised.value), name
+    for test in [value for key, value in namespace.items() if key.startswith("test_")]:
+        test()
 
 
 def test_the_documents_show_what_they_promise() -> None:
