@@ -140,7 +140,7 @@ def _cast(node: fx.Node) -> fx.Node | None:
 def _full_slice(node: fx.Node) -> fx.Node | None:
     if node.target is not aten.slice.Tensor:
         return None
-    x, _, start, end, step = (*node.args, *(None, None, None, None, None)[len(node.args) :])
+    x, _, start, end, step = (list(node.args) + [None] * 5)[:5]
     whole = start in (0, None) and (end is None or end == sys.maxsize) and step in (1, None)
     return x if whole and isinstance(x, fx.Node) else None
 

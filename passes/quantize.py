@@ -140,18 +140,18 @@ class Quantize:
 
     def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry) -> None:
         x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-        own = layer.bias_key in parts and _reads_bias(node, layer)
+        own = parts.get(str(layer.bias_key)) if _reads_bias(node, layer) else None
         quantised = (parts[layer.qweight_key], parts[layer.scale_key], parts[layer.zero_point_key])
         how = {"like": node, "made_by": self.name, "layer": layer.canonical_name}
         with node.graph.inserting_before(node):
             new = call(
                 node.graph,
                 ops.int8_linear,
-                (x, *quantised, parts[layer.bias_key] if own else None),
+                (x, *quantised, own),
                 name=layer.canonical_name.replace(".", "_"),
                 **how,  # type: ignore[arg-type]
             )
-            if bias is not None and not own:  # F.linear with a bias that is not the layer's
+            if bias is not None and own is None:  # F.linear with a bias that is not the layer's
                 new = call(node.graph, torch.ops.aten.add.Tensor, (new, bias), **how)  # type: ignore[arg-type]
         replace(node, new)
 

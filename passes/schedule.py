@@ -59,7 +59,7 @@ class Schedule:
     def _check_budget(self, loads: list[fx.Node], arena: int) -> None:
         if self.budget is None or arena <= self.budget:
             return
-        largest = max(loads, key=lambda n: int(n.kwargs["nbytes"]))
+        largest = max(loads, key=lambda n: int(n.kwargs["nbytes"]))  # type: ignore[arg-type]
         raise PassError(
             f"the arena needs {arena:,} bytes ({self.slots} slots of the largest segment, {largest.args[0]!r} with "
             f"{largest.kwargs['nbytes']:,} bytes), the budget is {self.budget:,}. Raise the budget, use fewer slots, or cut "
