@@ -47,13 +47,16 @@ class Outline:
         _hoist(gm, sizes)
         names = _segment_names(runs)
         shared: dict[str, str] = {}
+        visits: dict[str, int] = {}
         for run, name in zip(runs, names):
             function, arguments, outputs = _function(run)
             key = _structure(function)
             if key not in shared:
                 shared[key] = _function_name(run, name, set(shared.values()))
                 gm.add_module(shared[key], function)
-            _call(gm, shared[key], name, arguments, outputs, run)
+            visits[name] = visits.get(name, -1) + 1
+            label = identifier(name) + (f"_v{visits[name]}" if visits[name] else "")
+            _call(gm, shared[key], name, label, arguments, outputs, run)
         finish(gm)
         return update_program(gm, level=Level.OUTLINED)
 
@@ -272,13 +275,19 @@ def _snake(name: str) -> str:
 
 
 def _call(
-    gm: fx.GraphModule, function: str, segment: str, arguments: list[fx.Node], outputs: list[fx.Node], run: _Run
+    gm: fx.GraphModule,
+    function: str,
+    segment: str,
+    label: str,
+    arguments: list[fx.Node],
+    outputs: list[fx.Node],
+    run: _Run,
 ) -> None:
     graph = gm.graph
     source = run.nodes[0].meta
     with graph.inserting_before(run.nodes[0]):
         # Later arguments may be made after the run's first node only if they belong to another run, which comes first.
-        node = graph.create_node("call_module", function, tuple(arguments), name=identifier(segment))
+        node = graph.create_node("call_module", function, tuple(arguments), name=label)
     results: list[fx.Node] = [node]
     if len(outputs) == 1:
         node.meta["val"] = outputs[0].meta["val"]
@@ -287,7 +296,7 @@ def _call(
         results = []
         for i, output in enumerate(outputs):
             called = info(output).arguments[0][1] if info(output).arguments else str(i)
-            name = identifier(f"{segment}_{called}")
+            name = identifier(f"{label}_{called}")
             with graph.inserting_before(run.nodes[0]):
                 item = graph.create_node("call_function", operator.getitem, (node, i), name=name)
             item.meta["val"] = output.meta["val"]
