@@ -13,8 +13,10 @@ from torch import nn
 
 import squareq_fx
 from squareq_fx import CompiledModule, Slab
+from squareq_fx.emit import emit
+from squareq_fx.runtime.store import Backing
 
-__all__ = ["Compiled", "compiled", "family_slab"]
+__all__ = ["Compiled", "compiled", "emitted", "family_slab"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,16 @@ def family_slab(family: str) -> Slab:
 
 
 @functools.cache
-def compiled(family: str, until: str | None = None, backing: str = "host") -> Compiled:
+def compiled(family: str) -> Compiled:
     """One object for all tests, which must not change it or shut it down."""
     model, slab = backbone(family), family_slab(family)
-    module = squareq_fx.compile(model, slab, until=until, backing=backing, progress=False)  # type: ignore[arg-type]
+    module = squareq_fx.compile(model, slab, progress=False)
     return Compiled(model, slab, module, dequantized(model, slab))
+
+
+@functools.cache
+def emitted(family: str, until: str = "schedule", backing: Backing = "host") -> CompiledModule:
+    """What `compile` with these options returns, without another capture; the same rule."""
+    one = compiled(family)
+    graph = next(stage.graph for stage in one.module.history if stage.name == until)
+    return emit(graph, one.model, one.slab, backing=backing)
