@@ -373,9 +373,7 @@ def test_a_slab_of_other_weights(toy: _Toy, no_capture: None) -> None:
 
 
 def test_a_slab_of_another_model(no_capture: None) -> None:
-    with pytest.raises(
-        SlabError, match=r"from another model: its signature is [0-9a-f]{16}.*that of UNet2DConditionModel is"
-    ):
+    with pytest.raises(SlabError, match=r"from another model: its signature is [0-9a-f]{16}.*that of UNet2DConditionModel is"):
         squareq_fx.compile(backbone("sdxl"), family_slab("flux"), progress=False)
 
 
