@@ -11,8 +11,18 @@ from squareq_fx.ir import functions
 
 __all__ = ["last_use", "shared_storage"]
 
-# Operations that return their input itself in eval mode although their schema does not say so.
-_MAY_RETURN_INPUT = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"}
+# Operations that may return their input, or a view of it, although their schema does not say so: found by calling every
+# operator of aten whose schema promises a new tensor and looking where the result lies.
+_MAY_RETURN_INPUT = {
+    "aten::" + name
+    for name in (
+        *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "einsum", "cartesian_prod"),
+        *("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "_unsafe_view", "flatten_dense_tensors"),
+        *("type_as", "sum_to_size", "chain_matmul", "align_tensors", "conj_physical", "lift", "data", "dequantize", "to_dense"),
+        *("_cast_Byte", "_cast_Char", "_cast_Double", "_cast_Float", "_cast_Half", "_cast_Int", "_cast_Long", "_cast_Short"),
+    )
+}
 
 
 def shared_storage(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
@@ -68,7 +78,7 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
         return []
     schema = node.target._schema
     if schema.name in _MAY_RETURN_INPUT:
-        return node.all_input_nodes[:1]
+        return node.all_input_nodes
     if not any(r.alias_info is not None for r in schema.returns):
         return []
     found: list[fx.Node] = []

@@ -117,7 +117,8 @@ def _unpack_kernel(weights: torch.Tensor, offset: int, size: list[int], dtype: t
     nbytes = dtype.itemsize
     for extent in size:
         nbytes *= extent
-    return weights.narrow(0, offset, nbytes).view(dtype).view(size)
+    start = offset if nbytes else 0  # an empty tensor lies last, at an offset its dtype may not be able to
+    return weights.narrow(0, start, nbytes).view(dtype).view(size)
 
 
 def _argument_kernel(x: torch.Tensor, module: str, name: str) -> None:
