@@ -225,7 +225,7 @@ FAMILIES: dict[str, _Builder] = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backbone(family: str) -> nn.Module:
     """The family's tiny model, in eval mode; one object for all tests, which must not change it."""
     with seeded(1):

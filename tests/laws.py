@@ -84,9 +84,7 @@ def text(gm: fx.GraphModule) -> str:
     """Everything a graph says: nodes, types, records, functions, segments. Equal text, equal graph."""
     record = program(gm) if "squareq" in gm.meta else None
     lines = [f"{record.level!r} {record.arena_bytes} {record.segments}"] if record else []
-    lines += [
-        f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {spec(n.meta.get('val'))} {info(n)}" for n in gm.graph.nodes
-    ]
+    lines += [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {spec(n.meta.get('val'))} {info(n)}" for n in gm.graph.nodes]
     for name, child in sorted(functions(gm).items()):
         lines += [f"function {name}", text(child)]
     return "\n".join(lines)
@@ -239,7 +237,7 @@ class Replay:
         if offset is None:
             memory = torch.empty(nbytes, dtype=torch.uint8)
         else:
-            assert 0 <= offset and offset + nbytes <= self._arena.numel(), f"{key} lies outside the arena"
+            assert offset >= 0 and offset + nbytes <= self._arena.numel(), f"{key} lies outside the arena"
             memory = self._arena[offset : offset + nbytes]
         for other in self._claims:
             assert not (other.live and other.overlaps(memory)), f"{key} is brought in over {other.key}"

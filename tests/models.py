@@ -30,8 +30,8 @@ from squareq_fx.slab import Slab
 __all__ = [
     "EXAMPLES",
     "SIZES",
-    "Block",
     "Attend",
+    "Block",
     "Const",
     "Conv",
     "Drop",
@@ -419,9 +419,7 @@ class Tiny(nn.Module):
         if spec.tied == "embedding" and self.classes is not None:
             self.head.weight = self.classes.weight
 
-    def forward(
-        self, x: torch.Tensor, context: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         x = self.pre(self.embed(x))
         if self.classes is not None:
             x = x + self.classes(labels)[:, None]
@@ -450,9 +448,7 @@ class Function(nn.Module):
 
 _LEAVES = st.one_of(
     st.builds(Mlp, st.sampled_from([5, 8, 16, 33]), st.booleans()),
-    st.sampled_from(
-        [Norm(), Attend(), Gate(), Split(), InPlace(), Drop(), Conv(), Table(), Const(), OtherBias(), Idle()]
-    ),
+    st.sampled_from([Norm(), Attend(), Gate(), Split(), InPlace(), Drop(), Conv(), Table(), Const(), OtherBias(), Idle()]),
 )
 _BLOCKS = st.recursive(
     _LEAVES,
@@ -513,9 +509,7 @@ class Staged:
 def make_slab(model: nn.Module, example_inputs: Any = None, **options: Any) -> Slab:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return squareq_fx.build_slab(
-            model, scratch("slab"), example_inputs=example_inputs, progress=False, **options
-        )
+        return squareq_fx.build_slab(model, scratch("slab"), example_inputs=example_inputs, progress=False, **options)
 
 
 def make_staged(model: nn.Module, example_inputs: Any = None, until: str | None = None) -> Staged:
@@ -526,7 +520,7 @@ def make_staged(model: nn.Module, example_inputs: Any = None, until: str | None 
     return Staged(model, slab, graphs, dequantized(model, slab))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def staged(spec: Spec) -> Staged:
     return make_staged(spec.build(), spec.inputs())
 

@@ -133,7 +133,9 @@ def test_sizes_are_computed_once() -> None:
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(x.shape[0] * x.shape[1], 4) + torch.ones(x.shape[0] * x.shape[1], 4)
 
-    sizes = [n for n in canonical(Function(body), torch.randn(3, 2, 4)).graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    sizes = [
+        n for n in canonical(Function(body), torch.randn(3, 2, 4)).graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)
+    ]
     assert len({str((n.target, n.args)) for n in sizes}) == len(sizes)
 
 

@@ -128,7 +128,9 @@ def test_of_vectors(operation: Any) -> None:
 def shown(body: Callable[..., Any], **state: Any) -> fx.GraphModule:
     model = Function(body, **state)
     x = torch.randn(3, 4)
-    return squareq_fx.run(squareq_fx.capture(model, (x,)), squareq_fx.default_passes(make_slab(model, (x,))), until="canonicalize")
+    return squareq_fx.run(
+        squareq_fx.capture(model, (x,)), squareq_fx.default_passes(make_slab(model, (x,))), until="canonicalize"
+    )
 
 
 def node(gm: fx.GraphModule, name: str) -> fx.Node:

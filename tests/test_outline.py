@@ -178,7 +178,7 @@ def test_two_stretches_of_one_owner_are_told_apart() -> None:
 
 def test_small_stretches_without_weights_stay_in_sight() -> None:
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return m.layers[1](((m.layers[0](x) * 2).relu() + 1))
+        return m.layers[1]((m.layers[0](x) * 2).relu() + 1)
 
     model = Function(body, layers=nn.ModuleList([Layer(), Layer()]))
     assert [c.target for c in calls(outlined(model, torch.randn(2, 8)))] == ["layer", "layer"]

@@ -79,7 +79,10 @@ def test_each_layer_is_within_half_a_step_a_weight(spec: Spec) -> None:
         magnitude = x.abs().double() @ weight.abs().t() + 2 * half_a_step + (0 if bias is None else bias.abs().double())
         accumulation = (x.shape[-1] + 3) * EPSILON * magnitude
         assert bool(((y.double() - exact).abs() <= half_a_step + accumulation).all()), info(node).layer
-        assert float((dequantize(qweight, scale, zero_point, x.shape[-1]) - layer.weight).abs().sub(scale[:, None] / 2).max()) < 1e-7
+        assert (
+            float((dequantize(qweight, scale, zero_point, x.shape[-1]) - layer.weight).abs().sub(scale[:, None] / 2).max())
+            < 1e-7
+        )
         checked.append(node)
 
     laws.evaluate(models.graphs["quantize"], models, spec.inputs(), observe=observe)
@@ -101,7 +104,9 @@ def assert_bijection(before: fx.GraphModule, after: fx.GraphModule, models: Stag
     added = {n for n in after.graph.nodes if n.op == "placeholder" and info(n).made_by == "quantize"}
     assert added == {argument for node in found for argument in node.args[1:] if argument is not None}
     others = Counter(str(n.target) for n in before.graph.nodes if n.op == "call_function" and n.target is not LINEAR)
-    kept = Counter(str(n.target) for n in after.graph.nodes if n.op == "call_function" and n.target not in (LINEAR, ops.int8_linear))
+    kept = Counter(
+        str(n.target) for n in after.graph.nodes if n.op == "call_function" and n.target not in (LINEAR, ops.int8_linear)
+    )
     own_bias = sum(1 for n in after.graph.nodes if info(n).made_by == "quantize" and n.target is torch.ops.aten.add.Tensor)
     kept["aten.add.Tensor"] -= own_bias
     assert +kept == +others
@@ -136,9 +141,7 @@ def test_a_layer_that_is_never_called_is_reported() -> None:
 
 def test_a_shared_module_is_one_layer_whatever_path_it_is_called_by() -> None:
     shared = nn.Linear(6, 6)
-    model = Function(
-        lambda m, x: m.two[0](m.one[0](x)), one=nn.Sequential(shared), two=nn.Sequential(shared), three=shared
-    )
+    model = Function(lambda m, x: m.two[0](m.one[0](x)), one=nn.Sequential(shared), two=nn.Sequential(shared), three=shared)
     after = quantized(model, torch.randn(3, 6))
     assert int8_layers(after) == ["one.0", "one.0"] and program(after).notes == ()
 
@@ -160,9 +163,7 @@ def test_layers_that_share_weight_and_bias() -> None:
 @pytest.mark.parametrize("embedding_first", [True, False])
 def test_a_layer_tied_to_an_embedding_is_quantised_and_the_embedding_is_not(embedding_first: bool) -> None:
     parts = {"table": nn.Embedding(11, 6), "head": nn.Linear(6, 11)}
-    model = Function(
-        lambda m, x: m.head(m.table(x)), **(parts if embedding_first else dict(reversed(parts.items())))
-    )
+    model = Function(lambda m, x: m.head(m.table(x)), **(parts if embedding_first else dict(reversed(parts.items()))))
     model.head.weight = model.table.weight
     x = torch.randint(0, 11, (3, 5))
     slab = make_slab(model, (x,))

@@ -85,8 +85,10 @@ def assert_prefetches(gm: fx.GraphModule, distance: int) -> None:
             assert index - begun < distance
         elif index and distance:
             # Nothing was started ahead: then no slot was free before the load itself.
-            held = [e for e in loads[:index] if not any(u.target is ops.evict and position[u] < position[load] for u in e.users)]
-            assert held or index == 0
+            held = [
+                e for e in loads[:index] if not any(u.target is ops.evict and position[u] < position[load] for u in e.users)
+            ]
+            assert held
     assert not prefetches, "a prefetch without a load"
 
 

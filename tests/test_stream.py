@@ -225,7 +225,10 @@ def test_a_view_that_goes_through_another_block() -> None:
 
 @pytest.mark.parametrize("returned", [lambda m, x: m.table[1:], lambda m, x: m.table.t(), lambda m, x: m.a.bias[None]])
 def test_a_model_that_returns_a_view_of_streamed_weights_is_refused(returned: Callable[..., Any]) -> None:
-    model = Function(lambda m, x: m.layers[1](m.layers[0](x)[0]), layers=nn.ModuleList([Layer(lambda m, x: (x, returned(m, x))) for _ in range(2)]))
+    model = Function(
+        lambda m, x: m.layers[1](m.layers[0](x)[0]),
+        layers=nn.ModuleList([Layer(lambda m, x: (x, returned(m, x))) for _ in range(2)]),
+    )
     with pytest.raises(PassError, match=r"pass stream: the model returns a view of the weights of 'layers.1'"):
         make_staged(model, (torch.randn(2, 8),))
 
