@@ -237,7 +237,14 @@ def operation_name(target: Any) -> str:
 
 
 def model_source(node: fx.Node) -> str:
-    """The line of the model's source that made `node`: its module path and the innermost line outside torch."""
+    """The line of the model's source that made `node`, or one it reads or is read by: module path and innermost line outside
+    torch.
+    """
+    near = (node, *node.all_input_nodes, *node.users)
+    return next((source for n in near if (source := _source(n))), "no source recorded")
+
+
+def _source(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0] and "metadata_hook" not in entry[0]), "")
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
@@ -248,4 +255,4 @@ def model_source(node: fx.Node) -> str:
         i = outside[-1]
         code = lines[i + 1].strip() if i + 1 < len(lines) else ""
         where = f"{lines[i].strip()}: {code}"
-    return "; ".join(part for part in (f"in {path}" if path else "", where) if part) or "no source recorded"
+    return "; ".join(part for part in (f"in {path}" if path else "", where) if part)

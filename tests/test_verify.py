@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import laws
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXAMPLES, few, specs, staged
 from torch import fx
@@ -267,3 +268,90 @@ def test_the_fingerprint_sees_every_kind_of_change() -> None:
     assert changed(lambda gm: next(iter(functions(gm).values())).graph.nodes.__iter__().__next__().meta.update(val=0))
     assert fingerprint(original) == before
     assert program(original).level == Level.OUTLINED
+
+
+# --------------------------------------------------------------- the checker against an independent replay
+
+BESIDE = (ops.load, ops.evict, ops.prefetch)
+EDITS = ("erase", "move", "copy", "offset", "visit", "block", "nbytes")
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_what_the_checker_accepts_a_replay_on_real_bytes_accepts(data: st.DataObject) -> None:
+    """Random damage to loads, evicts and prefetches: laws.Replay, which shares nothing with the checker, must agree."""
+    spec = data.draw(st.sampled_from(EXAMPLES[:3]))
+    models = staged(spec)
+    gm = clone(models.graphs[data.draw(st.sampled_from(["stream", "schedule"]))])
+    for _ in range(data.draw(st.integers(1, 2))):
+        damage(gm, data)
+    try:
+        check(gm)
+    except VerificationError:
+        return
+    found = laws.evaluate(gm, models, spec.inputs())
+    assert laws.same(found, laws.evaluate(models.graphs["quantize"], models, spec.inputs()))
+
+
+def damage(gm: fx.GraphModule, data: st.DataObject) -> None:
+    found = [n for n in gm.graph.nodes if n.target in BESIDE]
+    node = data.draw(st.sampled_from(found))
+    edit = data.draw(st.sampled_from(EDITS))
+    others = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    if edit == "erase" and not node.users:
+        gm.graph.erase_node(node)
+    elif edit == "move":
+        data.draw(st.sampled_from(others)).append(node)
+    elif edit == "copy" and node.target is not ops.load:
+        place = data.draw(st.sampled_from(others))
+        with gm.graph.inserting_after(place):
+            gm.graph.node_copy(node, lambda n: n)
+    elif edit == "block":
+        other = data.draw(st.sampled_from(found))
+        node.args = (*node.args[:-1], other.args[-1]) if node.target is not ops.evict else (*node.args[:2], 1)
+    elif edit in node.kwargs and node.kwargs[edit] is not None:
+        change = data.draw(st.sampled_from([-256, -1, 1, 256, 512]))
+        node.kwargs = {**node.kwargs, edit: node.kwargs[edit] + change}
+        if edit == "nbytes" and node.target is ops.load and node.kwargs["nbytes"] > 0:
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = torch.empty(node.kwargs["nbytes"], dtype=torch.uint8)
+
+
+def test_a_view_that_a_function_returns_is_seen() -> None:
+    """EXAMPLES[1]'s blocks return a view of a parameter of their own, which the next block reads."""
+    gm = clone(staged(EXAMPLES[1]).graphs["stream"])
+    load = next(n for n in nodes(gm, ops.load) if n.args[0] == "blocks.0")
+    (call,) = (n for n in load.users if n.op == "call_module")
+    evict = next(n for n in load.users if n.target is ops.evict)
+    call.append(evict)
+    residency(gm, "gave its bytes away", load.name, "model source", "models.py")
+
+
+def test_an_evict_twice_and_a_prefetch_twice() -> None:
+    gm = graph("schedule")
+    evict = nodes(gm, ops.evict)[0]
+    with gm.graph.inserting_after(evict):
+        gm.graph.node_copy(evict, lambda n: n)
+    residency(gm, "gave its bytes away")
+    gm = graph("schedule")
+    prefetch = nodes(gm, ops.prefetch)[0]
+    with gm.graph.inserting_after(prefetch):
+        gm.graph.node_copy(prefetch, lambda n: n)
+    residency(gm, "is prefetched again or after its load", str(prefetch.args[0]))
+
+
+def test_a_prefetch_after_its_load() -> None:
+    gm = graph("schedule")
+    prefetch = nodes(gm, ops.prefetch)[0]
+    next(n for n in nodes(gm, ops.load) if n.args[0] == prefetch.args[0]).append(prefetch)
+    residency(gm, "is prefetched again or after its load")
+
+
+@pytest.mark.parametrize("offset", [-256, 1 << 40])
+def test_bytes_outside_the_arena(offset: int) -> None:
+    gm = graph("schedule")
+    load = nodes(gm, ops.load)[0]
+    load.kwargs = {**load.kwargs, "offset": offset}
+    residency(gm, load.name, "outside the arena", str(program(gm).arena_bytes))
+    gm = update_program(graph("schedule"), arena_bytes=program(gm).arena_bytes - 256)
+    residency(gm, "outside the arena")
