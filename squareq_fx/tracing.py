@@ -198,6 +198,8 @@ class _Literals(TorchFunctionMode):
         self.default = default
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _MAKERS:  # nearly always; a model calls thousands of functions
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and args and not isinstance(args[0], torch.Tensor):
             return _made(args[0], kwargs.pop("dtype", None), kwargs.pop("device", None) or self.default, kwargs)
@@ -205,6 +207,9 @@ class _Literals(TorchFunctionMode):
             dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
             return _made(args[1], dtype or args[0].dtype, device or args[0].device, kwargs)
         return func(*args, **kwargs)
+
+
+_MAKERS = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor}
 
 
 def _made(data: Any, dtype: torch.dtype | None, device: Any, kwargs: dict[str, Any]) -> torch.Tensor:
