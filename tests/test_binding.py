@@ -15,7 +15,7 @@ from compiled import Compiled, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import l2
-from models import make_slab, seeded
+from models import Function, make_slab, seeded
 from torch import nn
 
 import squareq_fx
@@ -277,6 +277,17 @@ def test_exact_casts_are_made(flux: Compiled) -> None:
     assert torch.equal(flux.module(**half).sample, flux.module(**back).sample)
     ids = {**call, "img_ids": call["img_ids"].long()}
     assert torch.equal(flux.module(**ids).sample, flux.module(**call).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_integer_is_never_rounded_to_sixteen_bits(dtype: torch.dtype) -> None:
+    """A timestep of 999 is 1000 in bfloat16: the model itself would have got it right."""
+    model = Function(lambda m, x: x.float() * 2)
+    module = squareq_fx.compile(model, make_slab(model), example_inputs=(torch.ones(3, dtype=dtype),), progress=False)
+    assert torch.equal(module(3), torch.tensor([6.0])) and torch.equal(module(True), torch.tensor([2.0]))
+    for wrong in (torch.tensor([999, 2001, 1]), torch.tensor(7), 2049):
+        with pytest.raises(BindingError, match=f"x is torch.int64, .* captured for {dtype}; that cast loses digits"):
+            module(wrong)
 
 
 # ------------------------------------------------------------------------------------------------- a toy

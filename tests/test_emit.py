@@ -16,7 +16,7 @@ import torch
 from backbones import backbone, calls
 from compiled import Compiled, compiled, emitted, family_slab
 from laws import bits, l2
-from models import Mlp, Residual, Spec, dequantized, make_slab, scratch
+from models import Function, Mlp, Residual, Spec, dequantized, make_slab, scratch
 from safetensors.torch import load_file
 from slab_models import UPSTREAM, UPSTREAM_WEIGHTS, TinyNet
 from torch import fx, nn
@@ -164,6 +164,30 @@ def test_submodules_can_be_looked_up() -> None:
         _ = one.module.no_such_block
     layer = compiled("flux").module.transformer_blocks[0].attn.to_q
     assert layer.weight.device.type == "meta", "a look-up must not keep float weights alive"
+
+
+@pytest.mark.parametrize("until", ["capture", "quantize"])
+def test_submodules_can_be_looked_up_where_weights_are_resident(until: str) -> None:
+    one, module = compiled("sdxl"), emitted("sdxl", until=until)
+    assert module.add_embedding.linear_1.in_features == one.model.add_embedding.linear_1.in_features
+    assert len(module.down_blocks) == len(one.model.down_blocks) and bool(module.mid_block)
+    assert module.conv_in.weight.shape == one.model.conv_in.weight.shape, "this weight is the module's own"
+    with pytest.raises(AttributeError, match="no_such_layer"):
+        _ = module.add_embedding.no_such_layer
+
+
+@pytest.mark.parametrize(
+    "name", ["graph", "history", "device", "dtype", "config", "runtime", "meta", "weights", "layer", "code"]
+)
+@pytest.mark.parametrize("until", ["quantize", "schedule"])
+def test_a_layer_may_have_the_name_of_an_attribute_of_the_module(name: str, until: str) -> None:
+    model = Function(lambda m, x: getattr(m, name)(x), **{name: nn.Linear(4, 4)})
+    x = torch.randn(3, 4)
+    slab = make_slab(model, (x,))
+    module = squareq_fx.compile(model, slab, until=until, progress=False)
+    assert l2(module(x), dequantized(model, slab)(x)) < 1e-5
+    assert module.device == torch.device("cpu") and isinstance(module.graph, fx.Graph)
+    assert module.dtype == torch.float32 and module.history[0].name == "capture"
 
 
 def test_the_model_is_not_changed(toy: _Toy) -> None:
@@ -418,6 +442,28 @@ def test_a_gradient_is_never_lost_silently(until: str, toy: _Toy) -> None:
         assert torch.equal(module(**call), module(**toy.call))
     assert not module(**toy.call).requires_grad
     module.shutdown()
+
+
+def test_a_gradient_that_meets_no_int8_layer_is_refused_too() -> None:
+    """Autograd would keep the convolution's weight, whose bytes are another block's by the time of the backward."""
+
+    class Convolving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 3, padding=1)
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)])
+            self.eval().requires_grad_(False)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            for block in self.blocks:
+                y = block(y)
+            return self.conv(x), y
+
+    model, example = Convolving(), (torch.randn(2, 3, 4), torch.randn(2, 4))
+    module = squareq_fx.compile(model, make_slab(model, example), progress=False)
+    with pytest.raises(RuntimeStateError, match="an input requires grad"):
+        module(example[0].clone().requires_grad_(), example[1])
+    assert torch.equal(module(*example)[0], model(*example)[0])
 
 
 def test_gate12_poisoned_arena_gives_the_same_bits() -> None:
