@@ -53,10 +53,7 @@ class Compiled:
         return next(stage.graph for stage in self.module.history if stage.name == name)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"full_size_{name}")) for name in MODELS],
-)
+@pytest.fixture(scope="module", params=MODELS)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     name = request.param
     model = MODELS[name]()
