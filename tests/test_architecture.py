@@ -129,9 +129,7 @@ def test_every_module_has_a_place_in_the_table() -> None:
 
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_down(module: str) -> None:
-    upwards = [
-        i.target for i in imports(module) if i.target not in modules() or layer(i.target) > layer(module)
-    ]
+    upwards = [i.target for i in imports(module) if i.target not in modules() or layer(i.target) > layer(module)]
     assert upwards == [], f"{module} is in layer {layer(module)}"
 
 
@@ -171,9 +169,7 @@ def test_operations_find_their_kernels_when_they_are_called() -> None:
     kernels = [i for i in imports("squareq_fx.ops") if room(i.target) == "kernels"]
     assert kernels and all(i.lazy for i in kernels)
     with_triton = [m for m in modules() if room(m) == "kernels" and "triton" in _imported_roots(modules()[m])]
-    at_once = {
-        i.target for module in modules() if module not in with_triton for i in imports(module) if not i.lazy
-    }
+    at_once = {i.target for module in modules() if module not in with_triton for i in imports(module) if not i.lazy}
     assert with_triton and at_once.isdisjoint(with_triton)
 
 
@@ -195,9 +191,7 @@ def _imported_roots(path: Path) -> set[str]:
 
 
 SOURCES = sorted(
-    path
-    for folder in ("squareq_fx", "passes", "kernels", "benchmarks", "examples")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("squareq_fx", "passes", "kernels", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -291,9 +285,7 @@ def test_importing_takes_half_a_second_more_than_torch(tmp_path: Path) -> None:
     """CPU time, for other tests run beside this one; an import has one thread. The median of three."""
     runs = [_python(_PROBE, tmp_path) for _ in range(3)]
     wall, cpu, new, started_cuda = zip(*(json.loads(run) for run in runs))
-    print(
-        f"import squareq_fx after torch: {statistics.median(wall):.2f} s, {statistics.median(cpu):.2f} s of CPU time"
-    )
+    print(f"import squareq_fx after torch: {statistics.median(wall):.2f} s, {statistics.median(cpu):.2f} s of CPU time")
     assert not any(started_cuda)
     assert HEAVY.isdisjoint(new[0])
     assert statistics.median(cpu) <= MAX_IMPORT_SECONDS
