@@ -44,7 +44,7 @@ _CACHE = "_squareq_spec"
 
 
 def _tensor_spec(val: torch.Tensor) -> str:
-    strides = ",".join(map(_size, val.stride())) if val.layout == torch.strided else str(val.layout)
+    strides = ",".join(map(_stride, val.stride())) if val.layout == torch.strided else str(val.layout)
     return f"{_dtype(val.dtype)}[{','.join(map(_size, val.shape))}]({strides})@{val.device}"
 
 
@@ -63,6 +63,21 @@ def _size(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return re.sub(r"\bu\d+\b", "u", str(value.node.expr))
+
+
+def _stride(value: Any) -> str:
+    """A stride's `Max(1, n)` is `n`: they differ for empty tensors only, whose strides mean nothing, and torch writes now the
+    one and now the other.
+    """
+    text = _size(value)
+    if "Max(1, " not in text:
+        return text
+    expression = value.node.expr.replace(_is_at_least_one, lambda e: e.func(*(a for a in e.args if a != 1)))
+    return re.sub(r"\bu\d+\b", "u", str(expression))
+
+
+def _is_at_least_one(expression: Any) -> bool:
+    return type(expression).__name__ == "Max" and 1 in expression.args
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -112,13 +112,25 @@ class Skeleton:
         widened = _widen_batch(tensors)
         if widened is not None:
             try:
-                return self._try(widened, dynamic)
+                exported = self._try(widened, dynamic)
+                if self._holds_for(exported, tensors):
+                    return exported
+                what = "its forward does something else for a batch of 2"
             except CaptureError:
-                warnings.warn(
-                    f"{self.model_name}: a batch of 2 could not be traced, so the captured graph takes batch 1 only",
-                    stacklevel=4,
-                )
+                what = "a batch of 2 could not be traced"
+            warnings.warn(f"{self.model_name}: {what}, so the captured graph takes batch 1 only", stacklevel=4)
         return self._try(tensors, dynamic)
+
+    def _holds_for(self, exported: Any, tensors: list[torch.Tensor]) -> bool:
+        """Whether the trace is the model's program for inputs of these sizes too."""
+        users = set(exported.graph_signature.user_inputs)
+        found = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in users]
+        pairs = [pair for val, tensor in zip(found, tensors) for pair in zip(val.shape, tensor.shape)]
+        sizes = {size.node.expr: extent for size, extent in pairs if isinstance(size, torch.SymInt)}
+        environments = {size.node.shape_env for size, _ in pairs if isinstance(size, torch.SymInt)}
+        conditions = [(env, c) for env in environments for c in (*(g.expr for g in env.guards), *self.branches)]
+        decided = [env.replace(condition).subs(sizes) for env, condition in conditions]
+        return all(bool(answer) for answer in decided if not answer.free_symbols)
 
     def _token_sizes(self, tensors: list[torch.Tensor]) -> dict[str, int]:
         sizes: dict[str, int] = {}

@@ -195,6 +195,38 @@ def test_a_model_that_takes_one_sample_only_is_captured_with_a_warning() -> None
     assert torch.equal(module(torch.ones(1, 6)), torch.full((1, 6), 2.0))
 
 
+def test_a_model_that_treats_one_sample_in_another_way_is_captured_for_one() -> None:
+    """Its trace for 2 would be refused for the very sizes of the example."""
+    model = Function(_one_by_hand)
+    with pytest.warns(UserWarning, match="its forward does something else for a batch of 2, so .* takes batch 1 only"):
+        graph = squareq_fx.capture(model, (torch.randn(1, 6),))
+    module = module_of(model, graph)
+    assert torch.equal(module(torch.ones(1, 9)), torch.full((1, 9), 2.0))
+    with pytest.raises(BindingError, match="dimension 0 of x is 2, the graph was captured for 1"):
+        module(torch.ones(2, 6))
+
+
+def test_sizes_that_are_divided_keep_one_spelling() -> None:
+    """torch writes a stride now as n, now as Max(1, n); every pass compares types, so that must be one."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.GroupNorm(2, 4), nn.Linear(4, 4)
+            self.eval().requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, channels, height, width = x.shape
+            x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).mean((3, 5))
+            x = self.norm(x).reshape(batch, channels, height // 2 * (width // 2)).transpose(1, 2)
+            return self.layer(x).unflatten(1, (height // 2, width // 2))
+
+    model, x = Patches(), torch.randn(2, 4, 6, 8)
+    module = squareq_fx.compile(model, make_slab(model, (x,)), progress=False)
+    for sizes in ((2, 4, 6, 8), (1, 4, 10, 4), (3, 4, 4, 12)):
+        assert laws.l2(module(torch.ones(sizes)), model(torch.ones(sizes))) < 2e-2
+
+
 def _one_by_hand(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x + 1 if x.shape[0] == 1 else x - 1
 
