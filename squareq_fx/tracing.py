@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from squareq_fx.calls import flatten_call
 from squareq_fx.errors import CaptureError
 from squareq_fx.ops import argument
+from squareq_fx.shape_rules import shape_rules
 from squareq_fx.skeleton import skeleton
 
 __all__ = ["Skeleton", "on_meta"]
@@ -156,7 +157,8 @@ class Skeleton:
         try:
             with torch.no_grad(), warnings.catch_warnings(), _paused_collector(), _noting_branches() as self.branches:
                 warnings.simplefilter("ignore")
-                exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
+                with shape_rules():
+                    exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
                 if any(_mutates(node) for node in exported.graph.nodes):
                     exported = exported.run_decompositions({})
                 return exported

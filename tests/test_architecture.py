@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw"),
     (
         *("inference", "edit", "inlining", "liveness", "verify"),
-        *("skeleton", "tracing", "explicit", "capture"),
+        *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
         *("runtime", "weights", "binding"),
     ),
     ("pipeline",),

@@ -212,14 +212,13 @@ def test_sizes_that_are_divided_keep_one_spelling() -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.layer = nn.GroupNorm(2, 4), nn.Linear(4, 4)
+            self.cut, self.norm, self.layer = nn.Conv2d(4, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.Linear(8, 8)
             self.eval().requires_grad_(False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            batch, channels, height, width = x.shape
-            x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).mean((3, 5))
-            x = self.norm(x).reshape(batch, channels, height // 2 * (width // 2)).transpose(1, 2)
-            return self.layer(x).unflatten(1, (height // 2, width // 2))
+            x = self.cut(nn.functional.pad(x, (0, 1, 0, 1))).flatten(2).transpose(1, 2)
+            x = self.norm(self.layer(x).transpose(1, 2)).transpose(1, 2)
+            return self.layer(x).view(x.shape[0], -1, 2, 4).transpose(1, 2)
 
     model, x = Patches(), torch.randn(2, 4, 6, 8)
     module = squareq_fx.compile(model, make_slab(model, (x,)), progress=False)
