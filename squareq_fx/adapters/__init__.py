@@ -1,0 +1,7 @@
+"""Low-rank adapters as data: what they hold, and the file formats people keep them in."""
+
+from __future__ import annotations
+
+from squareq_fx.adapters.state import Adapter, LayerAdapter
+
+__all__ = ["Adapter", "LayerAdapter"]
