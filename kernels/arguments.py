@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["FLOATS", "check_linear", "check_rows"]
+__all__ = ["FLOATS", "check_linear", "check_linear_dx", "check_rows"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes a kernel computes in and returns."""
@@ -64,6 +64,24 @@ def check_linear(
         raise ValueError(f"x is on {x.device} but qweight is on {qweight.device}; move one of them")
     if bias is not None:
         _check_row_vector("bias", bias, qweight)
+
+
+def check_linear_dx(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> None:
+    """Check int8_linear_dx's arguments: dy [..., out] float, qweight [out, K' >= in_features].
+
+    Raises:
+        TypeError: a dtype is wrong; the message names the argument.
+        ValueError: a shape or a device is wrong.
+    """
+    if dy.dtype not in FLOATS:
+        raise TypeError(f"dy must be float16, bfloat16 or float32, got {dy.dtype}")
+    check_rows(qweight, scale, zero_point, in_features)
+    if dy.dim() < 1 or dy.shape[-1] != qweight.shape[0]:
+        raise ValueError(f"dy must be [..., {qweight.shape[0]}], one column for each row of qweight, got {tuple(dy.shape)}")
+    if dy.device != qweight.device:
+        raise ValueError(f"dy is on {dy.device} but qweight is on {qweight.device}; move one of them")
 
 
 def _check_row_vector(name: str, vector: torch.Tensor, qweight: torch.Tensor) -> None:

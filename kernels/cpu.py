@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from squareq_fx.kernels.arguments import check_linear
+from squareq_fx.kernels.arguments import check_linear, check_linear_dx
 
-__all__ = ["SLICE_ELEMENTS", "int8_linear"]
+__all__ = ["SLICE_ELEMENTS", "int8_linear", "int8_linear_dx"]
 
 SLICE_ELEMENTS = 1 << 19
 """Elements of the float32 slice buffer (2 MiB): measured best or within noise of it from 2^16 to 2^20."""
@@ -59,3 +59,31 @@ def int8_linear(
     else:
         torch.addcmul(bias, y, scale, out=y)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def int8_linear_dx(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """dy @ ((q - zero_point) * scale) in float32 whatever dy's dtype, rounded once at the end.
+
+    Args:
+        dy: [..., out] bf16, fp16 or fp32; qweight: [out, K' >= in_features] int8; scale, zero_point: [out] float32.
+    Returns:
+        [..., in_features] in dy's dtype, a function of the inputs alone, bit for bit.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+    """
+    check_linear_dx(dy, qweight, scale, zero_point, in_features)
+    out_features = qweight.shape[0]
+    rows = dy.to(torch.float32).reshape(dy.shape[:-1].numel(), out_features) * scale  # the rows' scales go to dy
+    shift = zero_point.unsqueeze(1) if bool(zero_point.any()) else None
+    height = max(1, SLICE_ELEMENTS // max(1, in_features))
+    dx = rows.new_zeros(rows.shape[0], in_features)
+    buffer = rows.new_empty(min(height, out_features), in_features)
+    for start in range(0, out_features, height):
+        stop = min(start + height, out_features)
+        steps = buffer[: stop - start].copy_(qweight[start:stop, :in_features])
+        if shift is not None:
+            steps.sub_(shift[start:stop])
+        dx.addmm_(rows[:, start:stop], steps)
+    return dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)

@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 from squareq_fx.kernels import cpu
-from squareq_fx.kernels.arguments import check_linear
+from squareq_fx.kernels.arguments import check_linear, check_linear_dx
 
-__all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear"]
+__all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear", "int8_linear_dx"]
 
 FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 0}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
@@ -50,6 +50,27 @@ def int8_linear(
         return _dequantized(x, qweight, scale, zero_point, bias)
     fused = _triton_module("int8_linear")
     return fused.int8_linear(x, qweight, scale, zero_point, bias)
+
+
+def int8_linear_dx(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """reference.int8_linear_dx: on CUDA by a temporary weight in dy's dtype and cuBLAS, freed with the call.
+
+    Args:
+        dy: [..., out] bf16, fp16 or fp32, any strides; qweight: [out, K' >= in_features] int8; scale, zero_point: [out]
+            float32.
+    Returns:
+        [..., in_features] in dy's dtype.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+        RuntimeError: Triton is needed and missing.
+    """
+    check_linear_dx(dy, qweight, scale, zero_point, in_features)
+    if not dy.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return cpu.int8_linear_dx(dy, qweight, scale, zero_point, in_features)
+    weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, in_features, dy.dtype)
+    return torch.matmul(dy, weight)
 
 
 def dequantized_linear(

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import torch
 
-from squareq_fx.kernels.arguments import FLOATS, check_linear, check_rows
+from squareq_fx.kernels.arguments import FLOATS, check_linear, check_linear_dx, check_rows
 
-__all__ = ["dequantize", "int8_linear", "packed_width", "quantize_weight"]
+__all__ = ["dequantize", "int8_linear", "int8_linear_dx", "packed_width", "quantize_weight"]
 
 QMAX = 127.0
 SMALLEST_SCALE = 1e-8
@@ -104,3 +104,20 @@ def int8_linear(
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
+
+
+def int8_linear_dx(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """dy @ dequantize(qweight), in float32, cast to dy's dtype at the end: the gradient of int8_linear by x.
+
+    Args:
+        dy: [..., out] bf16, fp16 or fp32; qweight: [out, K' >= in_features] int8; scale, zero_point: [out] float32.
+    Returns:
+        [..., in_features] in dy's dtype.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+    """
+    check_linear_dx(dy, qweight, scale, zero_point, in_features)
+    weight = dequantize(qweight, scale, zero_point, in_features)
+    return torch.matmul(dy.to(torch.float32), weight).to(dy.dtype)

@@ -13,7 +13,18 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from squareq_fx.edit import finish
-from squareq_fx.ir import Level, clone, identifier, info, operation_name, program, set_info, update_program
+from squareq_fx.ir import (
+    Level,
+    adapter_inputs,
+    clone,
+    identifier,
+    info,
+    operation_name,
+    program,
+    set_info,
+    update_program,
+    weight_inputs,
+)
 from squareq_fx.slab.layout import segment_layout
 from squareq_fx.specs import spec
 
@@ -29,7 +40,7 @@ class Outline:
 
     Requires: a flat graph.   Preserves: signature, every value bit for bit; inlining gives the flat graph back.
     Two blocks share a function when their nodes, types (sizes, strides, device) and weight layout are the same. A function
-    takes the block's weights first, in the order of `segment_layout`, then its data; sizes it can read off its data are not
+    takes the block's weights first, in the order of `segment_layout`, then its data, then its adapters; sizes it can read off its data are not
     arguments.
     """
 
@@ -46,13 +57,14 @@ class Outline:
         runs = [run for run in _runs(gm, sizes) if run.block or run.weights or len(run.nodes) >= self.min_nodes]
         _hoist(gm, sizes)
         names = _segment_names(runs)
+        names_of_weights = {key.partition(".")[0] for key in (*weight_inputs(gm), *adapter_inputs(gm))}
         shared: dict[str, str] = {}
         visits: dict[str, int] = {}
         for run, name in zip(runs, names):
             function, arguments, outputs = _function(run)
             key = _structure(function)
             if key not in shared:
-                shared[key] = _function_name(run, name, set(shared.values()))
+                shared[key] = _function_name(run, name, names_of_weights | set(shared.values()))
                 gm.add_module(shared[key], function)
             visits[name] = visits.get(name, -1) + 1
             label = identifier(name) + (f"_v{visits[name]}" if visits[name] else "")
@@ -168,7 +180,8 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     inside = set(run.nodes)
     weights = run.weights
     outside = [a for n in run.nodes for a in n.all_input_nodes if a not in inside and a not in weights]
-    data = list(dict.fromkeys(a for a in outside if isinstance(a.meta["val"], torch.Tensor)))
+    tensors = dict.fromkeys(a for a in outside if isinstance(a.meta["val"], torch.Tensor))
+    data = sorted(tensors, key=lambda a: info(a).kind == "adapter")
     others = list(dict.fromkeys(a for a in outside if not isinstance(a.meta["val"], torch.Tensor)))
     outputs = [n for n in run.nodes if any(u not in inside for u in n.users)]
 
@@ -180,7 +193,7 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
         local = key.removeprefix(prefix + ".") if prefix else key
         env[node] = _parameter(graph, node, local)
     for node in data:
-        env[node] = _parameter(graph, node, dict(info(node).arguments).get(str(run.block), node.name))
+        env[node] = _parameter(graph, node, _argument_name(node, prefix, run))
     derived = {node: found for node in others if (found := _readable(node, data)) is not None}
     for node in others:
         if node not in derived:
@@ -200,6 +213,13 @@ def _function(run: _Run) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     return fx.GraphModule({}, graph, class_name="Function"), arguments, outputs
 
 
+def _argument_name(node: fx.Node, prefix: str, run: _Run) -> str:
+    """An adapter's name within the block, what the block calls the value in its own forward, or the value's own name."""
+    if info(node).kind == "adapter":
+        return str(info(node).key).removeprefix(f"{prefix}.").removesuffix(".weight")
+    return dict(info(node).arguments).get(str(run.block), node.name)
+
+
 def _common_owner(keys: list[str]) -> str:
     """The longest module path all keys lie under."""
     paths = [key.split(".")[:-1] for key in keys]
@@ -208,10 +228,10 @@ def _common_owner(keys: list[str]) -> str:
 
 
 def _parameter(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
-    new = graph.placeholder(identifier(name))
+    new = graph.placeholder(identifier(name).lower())
     new.meta["val"] = node.meta["val"]
     record = info(node)
-    kind = "weight" if record.kind == "weight" else "input"
+    kind = record.kind if record.kind in ("weight", "adapter") else "input"
     return set_info(new, kind=kind, key=name, made_by="outline")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "AdapterError",
     "BindingError",
     "CaptureError",
     "PassError",
@@ -21,6 +22,19 @@ class SquareQError(Exception):
 
 class SlabError(SquareQError):
     """A slab cannot be built, read or trusted.
+
+    Args:
+        message: one line, what failed and for which file.
+        problems: every single fault found, one line each; all of them are reported at once.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems: tuple[str, ...] = tuple(problems)
+        super().__init__("\n  - ".join([message, *self.problems]))
+
+
+class AdapterError(SquareQError):
+    """A low-rank adapter cannot be read from or written to a file.
 
     Args:
         message: one line, what failed and for which file.

@@ -16,7 +16,7 @@ from squareq_fx import ops
 from squareq_fx.errors import PassError
 from squareq_fx.specs import spec
 
-__all__ = ["empty", "infer"]
+__all__ = ["empty", "infer", "new_size"]
 
 
 _MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -77,7 +77,27 @@ def _run(target: Callable[..., Any], args: Any, kwargs: Any, modes: list[Any]) -
         raise PassError(f"{target} does not take these arguments: {line}") from error
 
 
-def empty(mode: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def new_size(mode: Any, name: str) -> torch.SymInt:
+    """A size that no input tells: one symbol for each name, which nothing may assume anything of.
+
+    Its hint, the value that tracing goes by where it must take a branch, is a prime no other size is likely to be.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = _SIZES.setdefault(mode, {})
+    if name not in sizes:
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        tensor = mode.from_tensor(torch.empty(_HINT), symbolic_context=context, source=ConstantSource(name))
+        sizes[name] = tensor.shape[0]
+    return sizes[name]
+
+
+_HINT = 13
+_SIZES: weakref.WeakKeyDictionary[Any, dict[str, torch.SymInt]] = weakref.WeakKeyDictionary()
+
+
+def empty(mode: Any, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fake contiguous tensor, the `val` of a new input."""
     with mode:
         return torch.empty(shape, dtype=dtype, device=device)

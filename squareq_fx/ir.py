@@ -25,6 +25,7 @@ __all__ = [
     "Packed",
     "Program",
     "Stage",
+    "adapter_inputs",
     "clone",
     "fake_mode",
     "functions",
@@ -49,8 +50,9 @@ class Level(enum.IntEnum):
     CANONICAL = 1
     QUANTIZED = 2
     OUTLINED = 3
-    STREAMED = 4
-    SCHEDULED = 5
+    DIFFERENTIATED = 4
+    STREAMED = 5
+    SCHEDULED = 6
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class Info:
     """One node's record.
 
     Attributes:
-        kind: "input" for what the user passes, "weight" for a parameter, buffer, constant or slab tensor, "node" for the rest.
-        key: an input's path in the call (`added_cond_kwargs['time_ids']`); a weight's name in the state dict or slab.
+        kind: "input" for what the user passes, "weight" for a parameter, buffer, constant or slab tensor, "adapter" for a
+            matrix of a LoRA branch, "node" for the rest.
+        key: an input's path in the call (`added_cond_kwargs['time_ids']`); a weight's name in the state dict or slab; an
+            adapter's, `<layer>.lora_A.weight`.
         layer: the slab layer this node computes or belongs to.
         made_by: the pass that made the node; None for what capture made.
         arguments: (block, name) pairs: what streaming blocks call this value in their own forward.
@@ -126,6 +130,8 @@ class Program:
         dtype: the model's floating point type.
         guards: conditions on the input sizes under which the trace is the model's program (sympy expressions).
         segments: for every streamed segment, by name, what its flat buffer holds.
+        gradients: what the graph returns after the model's outputs: (kind, key) of the adapters and inputs whose gradients they
+            are; empty before `differentiate`.
         arena_bytes: size of the device buffer the scheduled loads own ranges of; 0 before `schedule`.
         constants: tensors that are neither parameter nor buffer, by weight key; shared, never written.
         tied: other names of a weight (tied tensors, shared modules), each to the key the graph knows it by.
@@ -143,6 +149,7 @@ class Program:
     dtype: torch.dtype
     guards: tuple[Any, ...] = ()
     segments: Mapping[str, tuple[Packed, ...]] = field(default_factory=dict)
+    gradients: tuple[tuple[str, str], ...] = ()
     arena_bytes: int = 0
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -206,9 +213,16 @@ def functions(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
 
 def weight_inputs(gm: fx.GraphModule) -> dict[str, fx.Node]:
     """The graph's weight placeholders by weight key, in order."""
-    return {
-        str(info(n).key): n for n in gm.graph.nodes if n.op == "placeholder" and info(n).kind == "weight"
-    }
+    return _inputs(gm, "weight")
+
+
+def adapter_inputs(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """The graph's adapter placeholders by key (`<layer>.lora_A.weight`), in order."""
+    return _inputs(gm, "adapter")
+
+
+def _inputs(gm: fx.GraphModule, kind: str) -> dict[str, fx.Node]:
+    return {str(info(n).key): n for n in gm.graph.nodes if n.op == "placeholder" and info(n).kind == kind}
 
 
 def fake_mode(gm: fx.GraphModule) -> Any:

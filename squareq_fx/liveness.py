@@ -9,7 +9,7 @@ from torch import fx
 
 from squareq_fx.ir import functions
 
-__all__ = ["last_use", "shared_storage"]
+__all__ = ["aliased_arguments", "last_use", "shared_storage"]
 
 # Operations that may return their input, or a view of it, although their schema does not say so: found by calling every
 # operator of aten whose schema promises a new tensor and looking where the result lies.
@@ -40,7 +40,7 @@ def shared_storage(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
             roots[node] = _union(roots, sources) | {node}
         elif node.op == "call_function" and node.target is operator.getitem:
             roots[node] = _union(roots, node.all_input_nodes)
-        elif node.op == "call_function" and (sources := _aliased(node)):
+        elif node.op == "call_function" and (sources := aliased_arguments(node)):
             roots[node] = _union(roots, sources)
         elif node.op == "output":
             roots[node] = _union(roots, node.all_input_nodes)
@@ -72,7 +72,7 @@ def _outputs_from_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
     return tuple(i for i, p in enumerate(placeholders) if p in roots[output])
 
 
-def _aliased(node: fx.Node) -> list[fx.Node]:
+def aliased_arguments(node: fx.Node) -> list[fx.Node]:
     """Arguments whose storage the result may share, by the operator's schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []

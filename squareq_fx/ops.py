@@ -3,8 +3,11 @@
 | operation | meaning |
 |---|---|
 | `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
+| `int8_linear_dx(dy, qweight, scale, zero_point, in_features)` | `dy @ dequantise(qweight)`, the gradient of `x` |
+| `cotangent(output, index)` | the gradient of the loss by an output; what comes before is the forward, what follows the backward |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
+| `keep(weights, block, visit)` | an `evict` after which the next step may load the same bytes without a copy |
 | `prefetch(block, *, visit, nbytes, offset)` | start the copy that a later `load` of the same block and visit will wait for |
 | `unpack(weights, offset, size, dtype)` | a view into the flat buffer, one weight of the block |
 | `argument(x, module, name)` | while tracing only: `x` is what the module calls `name`; `capture` turns it into a record |
@@ -24,7 +27,19 @@ from torch.fx.node import has_side_effect
 
 from squareq_fx.errors import RuntimeStateError
 
-__all__ = ["RuntimeProtocol", "activate", "argument", "evict", "int8_linear", "load", "prefetch", "unpack"]
+__all__ = [
+    "RuntimeProtocol",
+    "activate",
+    "argument",
+    "cotangent",
+    "evict",
+    "int8_linear",
+    "int8_linear_dx",
+    "keep",
+    "load",
+    "prefetch",
+    "unpack",
+]
 
 
 class RuntimeProtocol(Protocol):
@@ -32,6 +47,7 @@ class RuntimeProtocol(Protocol):
 
     def load(self, block: str, visit: int, nbytes: int, offset: int | None) -> torch.Tensor: ...
     def evict(self, weights: torch.Tensor, block: str, visit: int) -> None: ...
+    def keep(self, weights: torch.Tensor, block: str, visit: int) -> None: ...
     def prefetch(self, block: str, visit: int, nbytes: int, offset: int | None) -> None: ...
 
 
@@ -63,6 +79,12 @@ _LIBRARY.define(
     "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor zero_point, Tensor? bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "int8_linear_dx(Tensor dy, Tensor qweight, Tensor scale, Tensor zero_point, int in_features) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define("cotangent(Tensor output, int index) -> Tensor")
+_LIBRARY.define("keep(Tensor weights, str block, int visit) -> ()")
 _LIBRARY.define("load(str block, *, int visit, int nbytes, int? offset=None, Device device) -> Tensor")
 _LIBRARY.define("evict(Tensor weights, str block, int visit) -> ()")
 _LIBRARY.define("prefetch(str block, *, int visit, int nbytes, int? offset=None) -> ()")
@@ -92,11 +114,30 @@ def _int8_linear_autograd(
     tensors = (x, scale, zero_point, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeStateError(
-            "squareq.int8_linear would cut a gradient: an input requires grad and this operation has no backward. "
-            "Call the module under torch.no_grad(), or detach its inputs."
+            "squareq.int8_linear would cut a gradient: an input requires grad and this operation has no backward of its own. "
+            "Compile with lora=squareq_fx.Lora(...) to train, or call the module under torch.no_grad()."
         )
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.squareq.int8_linear.default(x, qweight, scale, zero_point, bias)
+
+
+def _int8_linear_dx_kernel(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    from squareq_fx.kernels.dispatch import int8_linear_dx as run
+
+    return run(dy, qweight, scale, zero_point, in_features)
+
+
+def _cotangent_kernel(output: torch.Tensor, index: int) -> torch.Tensor:
+    raise RuntimeStateError(
+        "this graph waits for the gradient of a loss; run the module that squareq_fx.compile returned, or "
+        "squareq_fx.value_and_grad(module, loss_fn)"
+    )
+
+
+def _keep_kernel(weights: torch.Tensor, block: str, visit: int) -> None:
+    _runtime("keep", block).keep(weights, block, visit)
 
 
 def _load_kernel(
@@ -128,6 +169,9 @@ def _argument_kernel(x: torch.Tensor, module: str, name: str) -> None:
 _LIBRARY.impl("argument", _argument_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("int8_linear", _int8_linear_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("int8_linear", _int8_linear_autograd, "Autograd")
+_LIBRARY.impl("int8_linear_dx", _int8_linear_dx_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("cotangent", _cotangent_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("keep", _keep_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("load", _load_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("evict", _evict_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("prefetch", _prefetch_kernel, "CompositeExplicitAutograd")
@@ -150,6 +194,26 @@ def _int8_linear_fake(
     torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear: qweight is {qweight.dtype}, not int8")
     torch._check(x.shape[-1] <= qweight.shape[1], lambda: "int8_linear: x is wider than qweight")
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+@torch.library.register_fake("squareq::int8_linear_dx", lib=_LIBRARY)
+def _int8_linear_dx_fake(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    torch._check(dy.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear_dx: dy [..., out], qweight [out, in_padded]")
+    torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear_dx: qweight is {qweight.dtype}, not int8")
+    torch._check(in_features <= qweight.shape[1], lambda: "int8_linear_dx: in_features is wider than qweight")
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.register_fake("squareq::cotangent", lib=_LIBRARY)
+def _cotangent_fake(output: torch.Tensor, index: int) -> torch.Tensor:
+    return torch.empty_like(output, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("squareq::keep", lib=_LIBRARY)
+def _keep_fake(weights: torch.Tensor, block: str, visit: int) -> None:
+    return None
 
 
 @torch.library.register_fake("squareq::load", lib=_LIBRARY)
@@ -176,11 +240,14 @@ def _argument_fake(x: torch.Tensor, module: str, name: str) -> None:
 
 argument = torch.ops.squareq.argument.default
 int8_linear = torch.ops.squareq.int8_linear.default
+int8_linear_dx = torch.ops.squareq.int8_linear_dx.default
+cotangent = torch.ops.squareq.cotangent.default
+keep = torch.ops.squareq.keep.default
 load = torch.ops.squareq.load.default
 evict = torch.ops.squareq.evict.default
 prefetch = torch.ops.squareq.prefetch.default
 unpack = torch.ops.squareq.unpack.default
 
 # Dead-code elimination would delete nodes that nothing uses, and two loads would look like one.
-for _op in (load, evict, prefetch, argument):
+for _op in (load, evict, keep, prefetch, cotangent, argument):
     has_side_effect(_op)

@@ -122,12 +122,13 @@ def _check_inputs(before: fx.GraphModule, after: fx.GraphModule, weights_may_cha
 
     if inputs(before, "input") != inputs(after, "input"):
         raise VerificationError(f"the call's inputs were {inputs(before, 'input')} and are now {inputs(after, 'input')}")
-    unknown = [n for n in after.graph.nodes if n.op == "placeholder" and info(n).kind not in ("input", "weight")]
+    unknown = [n for n in after.graph.nodes if n.op == "placeholder" and info(n).kind not in ("input", "weight", "adapter")]
     if unknown:
         raise VerificationError(f"input {unknown[0].name} has no record; add weights with squareq_fx.edit.add_weight")
-    if not weights_may_change and inputs(before, "weight") != inputs(after, "weight"):
-        changed = sorted(set(inputs(before, "weight")) ^ set(inputs(after, "weight")))
-        raise VerificationError(f"weight inputs came or went ({', '.join(changed[:3])}); declare changes_inputs = True")
+    for kind in ("weight", "adapter"):
+        if not weights_may_change and inputs(before, kind) != inputs(after, kind):
+            changed = sorted(set(inputs(before, kind)) ^ set(inputs(after, kind)))
+            raise VerificationError(f"{kind} inputs came or went ({', '.join(changed[:3])}); declare changes_inputs = True")
 
 
 def _record(

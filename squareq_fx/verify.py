@@ -30,6 +30,8 @@ _SYMBOLIC = {
 }  # fmt: skip
 _FIRST_LEVEL = {
     ops.int8_linear: Level.QUANTIZED,
+    ops.int8_linear_dx: Level.DIFFERENTIATED,
+    ops.cotangent: Level.DIFFERENTIATED,
     ops.load: Level.STREAMED,
     ops.evict: Level.STREAMED,
     ops.unpack: Level.STREAMED,
