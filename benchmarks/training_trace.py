@@ -109,7 +109,8 @@ def _from_card(events: list[dict[str, Any]]) -> Trace:
 def _from_cpu(events: list[dict[str, Any]]) -> Trace:
     """Loads and prefetches are the copies; the computation is what operations ran outside of them."""
     marks = sorted(e["ts"] for e in events if e["name"] == "mark")
-    ops = sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"]))
+    ops = [e for e in events if e.get("cat") == "cpu_op" and e["name"].startswith(("aten::", "squareq::"))]
+    ops.sort(key=lambda e: (e["ts"], -e["dur"]))
     copies, compute, over = [], [], 0.0
     for event in ops:
         if event["ts"] < over:  # inside another

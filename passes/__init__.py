@@ -6,7 +6,7 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 if __name__ == "passes":
     raise ImportError(
@@ -14,7 +14,10 @@ if __name__ == "passes":
     )
 
 from squareq_fx.errors import PassError
+from squareq_fx.lora import Lora
+from squareq_fx.passes.adapt import Adapt
 from squareq_fx.passes.canonicalize import Canonicalize
+from squareq_fx.passes.differentiate import Differentiate, Save
 from squareq_fx.passes.outline import Outline
 from squareq_fx.passes.quantize import Quantize
 from squareq_fx.passes.schedule import Schedule
@@ -22,16 +25,45 @@ from squareq_fx.passes.stream import Stream
 from squareq_fx.pipeline import Pass, pass_name
 from squareq_fx.slab.reader import Slab
 
-__all__ = ["Canonicalize", "Outline", "Quantize", "Schedule", "Stream", "default_passes", "insert_after"]
+__all__ = [
+    "Adapt",
+    "Canonicalize",
+    "Differentiate",
+    "Outline",
+    "Quantize",
+    "Save",
+    "Schedule",
+    "Stream",
+    "default_passes",
+    "insert_after",
+]
 
 
-def default_passes(slab: Slab, *, slots: int = 2, distance: int = 1, budget: int | None = None) -> tuple[Pass, ...]:
-    """What `compile` runs. `slots`, `distance` and `budget` (bytes) are those of `Schedule`.
+def default_passes(
+    slab: Slab,
+    *,
+    lora: Lora | None = None,
+    save: Save | Mapping[str, Save] = "recompute",
+    inputs: Iterable[str] = (),
+    slots: int = 2,
+    distance: int = 1,
+    budget: int | None = None,
+) -> tuple[Pass, ...]:
+    """What `compile` runs.
+
+    Args:
+        lora: adds the adapters and the backward; None, and no `inputs`, for a model that only runs.
+        save, inputs: of `Differentiate`.
+        slots, distance, budget: of `Schedule`; `slots` also says how many segments `Stream` may hold.
 
     Raises:
-        PassError: `distance` needs more slots.
+        PassError: `distance` needs more slots, or an option has no such value.
     """
-    return (Canonicalize(), Quantize(slab), Outline(), Stream(), Schedule(slots, distance, budget))
+    inputs = tuple(inputs)
+    adapt = () if lora is None else (Adapt(lora),)
+    backward = () if lora is None and not inputs else (Differentiate(save, inputs),)
+    placed = (Stream(hold=slots), Schedule(slots, distance, budget))
+    return (Canonicalize(), Quantize(slab), *adapt, Outline(), *backward, *placed)
 
 
 def insert_after(passes: Iterable[Pass], name: str, *new: Pass) -> tuple[Pass, ...]:

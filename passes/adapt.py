@@ -12,7 +12,7 @@ from squareq_fx import ops
 from squareq_fx.edit import add_input, call, finish
 from squareq_fx.errors import PassError
 from squareq_fx.inference import empty, new_size
-from squareq_fx.ir import Level, adapter_inputs, clone, fake_mode, info, program
+from squareq_fx.ir import Level, adapter_inputs, clone, fake_mode, info, program, update_program
 from squareq_fx.lora import Lora
 
 __all__ = ["Adapt"]
@@ -58,7 +58,7 @@ class Adapt:
             pair = self._inputs(gm, name, calls[name], sizes[entry.rank])
             for node in calls[name]:
                 self._branch(node, name, *pair)
-        return finish(gm)
+        return update_program(finish(gm), lora=self.lora)
 
     def ensures(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         """Each call of each target has one branch, and nothing else reads an adapter.

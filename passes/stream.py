@@ -30,12 +30,19 @@ class Stream:
     A function takes its weights as one byte buffer and unpacks it with static views (`squareq.unpack`); the layout is
     `segment_layout`'s, which is that of a block in the slab file, so a block is one copy.
 
+    Args:
+        hold: a segment stays between two calls that read it when fewer than `hold` other segments are read in between, so that
+            at most `hold` are held at a time; 1 holds it only if none is. So the blocks that end the forward are not loaded
+            again for the backward, which begins with them.
+
     Requires: an outlined graph.   Preserves: signature, every value bit for bit.
     Weights that nodes outside any function read stay inputs; they are resident.
 
     Raises:
         PassError: the graph is not outlined, or two callers of a function lay out its weights differently.
     """
+
+    hold: int = 1
 
     name = "stream"
     requires_level = Level.OUTLINED
@@ -48,8 +55,10 @@ class Stream:
         calls = [n for n in gm.graph.nodes if n.op == "call_module" and _weights(n)]
         layouts: dict[str, tuple[int, ...]] = {}
         segments: dict[str, tuple[Packed, ...]] = {}
+        held = _held([str(info(n).key) for n in calls], self.hold)
+        loads: dict[str, fx.Node] = {}
         visits: dict[str, int] = {}
-        for node in calls:
+        for node, stays in zip(calls, held):
             weights = _weights(node)
             packed = _pack(weights)
             segment = str(info(node).key)
@@ -59,8 +68,10 @@ class Stream:
                 raise PassError(f"{node.name} lays out the weights of {function} differently from its other callers")
             if segments.setdefault(segment, packed) != packed:
                 raise PassError(f"two calls are both named {segment!r} but read different weights")
-            self._load(gm, node, segment, visits.get(segment, 0), packed, len(weights))
-            visits[segment] = visits.get(segment, 0) + 1
+            if not stays:
+                loads[segment] = self._load(gm, node, segment, visits.get(segment, 0), packed)
+                visits[segment] = visits.get(segment, 0) + 1
+            node.args = (loads[segment], *node.args[len(weights) :])
         for name in layouts:
             _unpack_inside(functions(gm)[name], layouts[name], fake_mode(gm), program(gm).device)
         _evict(gm)
@@ -68,8 +79,8 @@ class Stream:
         return update_program(finish(gm), level=Level.STREAMED, segments=segments)
 
     def _load(
-        self, gm: fx.GraphModule, node: fx.Node, segment: str, visit: int, packed: tuple[Packed, ...], count: int
-    ) -> None:
+        self, gm: fx.GraphModule, node: fx.Node, segment: str, visit: int, packed: tuple[Packed, ...]
+    ) -> fx.Node:
         nbytes = packed[-1].offset + packed[-1].nbytes
         name = f"load_{identifier(segment)}" + (f"_v{visit}" if visit else "")
         with gm.graph.inserting_before(node):
@@ -81,8 +92,18 @@ class Stream:
                 name=name,
             )
         load.meta["val"] = empty(fake_mode(gm), (nbytes,), torch.uint8, program(gm).device)
-        set_info(load, made_by=self.name, key=segment)
-        node.args = (load, *node.args[count:])
+        return set_info(load, made_by=self.name, key=segment)
+
+
+def _held(segments: list[str], hold: int) -> list[bool]:
+    """For each call whether its segment is still there from the call before that read it."""
+    held: list[bool] = []
+    last: dict[str, int] = {}
+    for i, segment in enumerate(segments):
+        between = set(segments[last[segment] + 1 : i]) if segment in last else None
+        held.append(between is not None and len(between) < hold)
+        last[segment] = i
+    return held
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

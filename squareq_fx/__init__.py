@@ -9,7 +9,7 @@ from squareq_fx._version import __version__
 from squareq_fx.api import compile
 from squareq_fx.capture import capture
 from squareq_fx.draw import draw
-from squareq_fx.emit import CompiledModule
+from squareq_fx.compiled import CompiledModule
 from squareq_fx.errors import (
     BindingError,
     CaptureError,
@@ -20,6 +20,7 @@ from squareq_fx.errors import (
     VerificationError,
 )
 from squareq_fx.inlining import inline
+from squareq_fx.lora import Lora
 from squareq_fx.passes import default_passes, insert_after
 from squareq_fx.pipeline import run
 from squareq_fx.show import diff, show
@@ -29,6 +30,7 @@ __all__ = [
     "BindingError",
     "CaptureError",
     "CompiledModule",
+    "Lora",
     "PassError",
     "RuntimeStateError",
     "Slab",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,8 @@ from squareq_fx.capture import capture
 from squareq_fx.emit import CompiledModule, emit
 from squareq_fx.errors import SquareQError
 from squareq_fx.ir import Stage
-from squareq_fx.passes import default_passes
+from squareq_fx.lora import Lora
+from squareq_fx.passes import Save, default_passes
 from squareq_fx.pipeline import Pass, run
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab import Slab, open_slab
@@ -30,6 +31,9 @@ def compile(
     example_inputs: Any = None,
     passes: Iterable[Pass] | None = None,
     until: str | None = None,
+    lora: Lora | None = None,
+    save: Save | Mapping[str, Save] = "recompute",
+    inputs: Iterable[str] = (),
     device: torch.device | str | None = None,
     backing: Backing = "host",
     keep_resident: Iterable[str] = (),
@@ -49,6 +53,9 @@ def compile(
             every size is dynamic as far as the model allows. Default: the slab's record, else the model's diffusers family.
         passes: instead of `default_passes(slab, ...)`.
         until: stop after the pass of this name; the result still runs, with the weights resident.
+        lora: adapters to train, or to load into; the module then has a backward.
+        save: what each block keeps for the backward (`Differentiate`): "recompute", "save" or "offload", for all or by segment.
+        inputs: paths of inputs of the model that get a gradient too.
         device: where it runs; default: where the model is, the CPU for `meta`.
         backing: "host" (pinned memory), "disk" (the mapped file), or "resident" (everything on the device).
         keep_resident: segments that are never evicted.
@@ -72,7 +79,9 @@ def compile(
     check_same_model(model, opened)
     check_same_weights(model, opened)
     if passes is None:
-        passes = default_passes(opened, slots=slots, distance=distance, budget=budget)
+        passes = default_passes(
+            opened, lora=lora, save=save, inputs=inputs, slots=slots, distance=distance, budget=budget
+        )
     with _status(type(model).__name__, progress) as show_stage:
 
         def on_stage(stage: Stage) -> None:

@@ -2,134 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
 
-from squareq_fx import ops
+from squareq_fx.adapters.bank import AdapterBank
+from squareq_fx.adapters.packing import Slot
 from squareq_fx.binding import Binding
-from squareq_fx.errors import RuntimeStateError
-from squareq_fx.ir import Level, Stage, clone, identifier, info, program
-from squareq_fx.runtime import Runtime, StepReport, WeightStore
+from squareq_fx.compiled import CompiledModule, Held
+from squareq_fx.halves import forward_only
+from squareq_fx.ir import Level, adapter_inputs, clone, identifier, info, program
+from squareq_fx.runtime import Runtime, WeightStore
 from squareq_fx.runtime.store import Backing
 from squareq_fx.skeleton import skeleton
 from squareq_fx.slab.reader import Slab
+from squareq_fx.specs import spec
+from squareq_fx.training import Training
 from squareq_fx.weights import WeightValues
 
 __all__ = ["CompiledModule", "emit"]
-
-
-class CompiledModule(fx.GraphModule):
-    """What `compile` returns: a `torch.fx.GraphModule` that is called as the model is.
-
-    `graph`, `code` and `print_readable()` show the top level, its GraphModule children are the unique functions. The
-    compute type and the device are those it was compiled for: `.half()` or `.to(dtype)` change nothing (and warn), `.to` of
-    another device raises.
-
-    Attributes:
-        history: every stage from capture on; `stage.graph` is the graph as it was then.
-        runtime: loads and evicts the weights; None if the graph was emitted before `stream`.
-        config: the model's, if it has one.
-    """
-
-    _binding: Binding
-    runtime: Runtime | None
-
-    @property
-    def history(self) -> tuple[Stage, ...]:
-        return program(self).history
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating point type of the model's inputs and weights that are not quantised."""
-        return program(self).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return program(self).device
-
-    @property
-    def last_step(self) -> StepReport | None:
-        """Bytes moved, copy, compute and stall time of the last call; None before the first, or without streaming."""
-        return self.runtime.last_step if self.runtime is not None else None
-
-    def shutdown(self) -> None:
-        """Release the device arena and the pinned host memory. May be called twice; later calls of the module raise."""
-        if self.runtime is not None:
-            self.runtime.shutdown()
-
-    def recompile(self) -> Any:
-        code = super().recompile()
-        cls = type(self)
-        if "_binding" in self.__dict__:  # emit has bound it; until then `forward` is the graph's own
-            self.__dict__["_run_graph"] = cls.forward
-            cls.forward = _bound_forward(self)
-        return code
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
-        """Quantised weights, scales and the graph's types are fixed; see the class."""
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.device != self.device:
-                raise RuntimeStateError(
-                    f"this module was compiled for {self.device}; compile again with device={str(moved.device)!r}"
-                )
-            if moved.dtype != tensor.dtype:
-                _warn_of_dtype(self.dtype)
-                return tensor
-            return moved
-
-        keep(torch.empty((), dtype=self.dtype, device=self.device))
-        return super()._apply(keep, recurse)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__.get("_original")
-            found = getattr(original, name, None) if original is not None else None
-            if isinstance(found, nn.Module) or (name == "cache_context" and found is not None):
-                return found  # pipelines look up submodules (`unet.add_embedding.linear_1.in_features`), never to run them
-            raise
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise RuntimeStateError("a compiled module owns device memory and cannot be copied; compile the model again")
-
-    def __reduce__(self) -> NoReturn:
-        raise RuntimeStateError("a compiled module cannot be pickled; keep the slab and compile the model again")
-
-
-class _Held(nn.Module):
-    """Holds resident weights under the model's names; everything else of that name is the model's own, to be looked at."""
-
-    @classmethod
-    def take(cls, holder: nn.Module, model: nn.Module, path: str) -> None:
-        holder.__class__ = cls
-        with contextlib.suppress(AttributeError):
-            holder.__dict__["_original"] = model.get_submodule(path)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_original" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["_original"], name)
-
-    def __len__(self) -> int:
-        return len(self.__dict__["_original"])
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.__dict__["_original"][index]
-
-    def __bool__(self) -> bool:
-        return True
 
 
 def emit(
@@ -143,7 +36,8 @@ def emit(
     """A runnable module from a graph at any stage.
 
     Args:
-        gm: what `pipeline.run` returned; unchanged. Weights that are still inputs become resident parameters and buffers.
+        gm: what `pipeline.run` returned; unchanged. Weights that are still inputs become resident parameters and buffers,
+            adapters float32 parameters, of which the first are called "default".
         model: where weights the slab does not hold come from; may live on `meta`.
         slab: the quantised weights.
         backing, keep_resident: see `WeightStore`.
@@ -151,6 +45,7 @@ def emit(
     Raises:
         SlabError: a weight has no value, or its bytes in the slab are damaged.
     """
+    whole, gm = gm, forward_only(gm)
     record = program(gm)
     values = WeightValues(model, slab, record.constants)
     inputs = {str(info(n).key): n for n in gm.graph.nodes if n.op == "placeholder" and info(n).kind == "weight"}
@@ -162,8 +57,10 @@ def emit(
     root = nn.Module()
     for name, child in body.named_children():
         root.add_module(name, child)
-    for key, node in inputs.items():
-        _attach(root, body.graph, key, values.tensor(key, node.meta["val"].dtype).to(record.device))
+    paths = {
+        key: _attach(root, body.graph, key, values.tensor(key, node.meta["val"].dtype).to(record.device))
+        for key, node in inputs.items()
+    }
     compiled = CompiledModule(root, body.graph, class_name=f"Compiled{type(model).__name__}")
     compiled.meta = dict(body.meta)
     state = compiled.__dict__
@@ -171,16 +68,62 @@ def emit(
     state["_original"] = skeleton(model)[0]
     state["config"] = getattr(model, "config", None)
     state["runtime"] = _runtime(gm, values, slab, backing, keep_resident) if record.level >= Level.STREAMED else None
+    state["_component"] = "unet" if "UNet" in type(model).__name__ else "transformer"
     for path, holder in list(compiled.named_modules()):
         if type(holder) is nn.Module:
-            _Held.take(holder, state["_original"], path.removeprefix("weights."))
+            Held.take(holder, state["_original"], path.removeprefix("weights."))
+    state["_bank"] = _adapters(compiled, gm) if adapter_inputs(gm) else None
+    state["training_step"] = None
+    if program(whole).gradients:
+
+        def resident(key: str) -> torch.Tensor:
+            return operator.attrgetter(paths[key])(compiled)
+
+        state["training_step"] = Training(whole, compiled._run, resident)
     compiled.eval()
     compiled.recompile()
     return compiled
 
 
-def _attach(root: nn.Module, graph: fx.Graph, key: str, value: torch.Tensor) -> None:
-    """The weight becomes a parameter or buffer under its own name, its placeholder a `get_attr`."""
+def _adapters(compiled: CompiledModule, gm: fx.GraphModule) -> AdapterBank:
+    """The module's adapters, the first one made as the `adapt` pass was told."""
+    slots = []
+    pairs = iter(adapter_inputs(gm).values())
+    for down, up in zip(pairs, pairs):
+        a, b = down.meta["val"], up.meta["val"]
+        slots.append(Slot(str(info(down).layer), int(a.shape[1]), int(b.shape[0]), spec(a.shape[0]), a.dtype))
+
+    def attach(path: str, owner: nn.Module) -> None:
+        parent, _, leaf = path.rpartition(".")
+        _holder(compiled, parent)._modules[leaf] = owner
+        Held.take(owner, compiled.__dict__["_original"], path)
+
+    def detach(path: str) -> None:
+        parent, _, leaf = path.rpartition(".")
+        del compiled.get_submodule(parent)._modules[leaf]
+
+    bank = AdapterBank(slots, program(gm).device, attach, detach)
+    lora = program(gm).lora
+    if lora is not None:
+        bank.create("default", lora)
+    return bank
+
+
+def _holder(compiled: CompiledModule, path: str) -> nn.Module:
+    """The module at a path, made if need be; looks like the original's there, and holds nothing of it."""
+    owner: nn.Module = compiled
+    done: list[str] = []
+    for part in path.split("."):
+        done.append(part)
+        if part not in owner._modules:
+            owner._modules[part] = nn.Module()  # add_module would find the original's of that name
+            Held.take(owner._modules[part], compiled.__dict__["_original"], ".".join(done))  # type: ignore[arg-type]
+        owner = owner._modules[part]  # type: ignore[assignment]
+    return owner
+
+
+def _attach(root: nn.Module, graph: fx.Graph, key: str, value: torch.Tensor) -> str:
+    """The weight becomes a parameter or buffer under its own name, its placeholder a `get_attr`; returns its path."""
     node = next(n for n in graph.nodes if n.op == "placeholder" and info(n).key == key and info(n).kind == "weight")
     path = _free_path(root, key)
     owner = root
@@ -199,6 +142,7 @@ def _attach(root: nn.Module, graph: fx.Graph, key: str, value: torch.Tensor) -> 
     attribute.meta = dict(node.meta)
     node.replace_all_uses_with(attribute)
     graph.erase_node(node)
+    return path
 
 
 def _free_path(root: nn.Module, key: str) -> str:
@@ -224,33 +168,4 @@ def _runtime(
     )
     return Runtime(store, device=record.device, arena_bytes=record.arena_bytes)
 
-
-def _bound_forward(module: CompiledModule) -> Callable[..., Any]:
-    def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
-        tensors, return_dict = self._binding.tensors(args, kwargs)
-        if self.runtime is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeStateError(
-                "an input requires grad, but what autograd would save of the streamed weights is overwritten before its "
-                "backward. Call the module under torch.no_grad(), or detach its inputs."
-            )
-        with contextlib.ExitStack() as stack:
-            if self.runtime is not None:
-                stack.enter_context(self.runtime.step())
-                stack.enter_context(ops.activate(self.runtime))
-            flat = self.__dict__["_run_graph"](self, *tensors)
-        return self._binding.output(flat, return_dict)
-
-    signature = module._binding.call.signature
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])  # type: ignore[attr-defined]
-    return forward
-
-
-def _warn_of_dtype(dtype: torch.dtype) -> None:
-    warnings.warn(
-        f"the compiled module keeps computing in {dtype}: its types are part of the graph. Convert the model and compile "
-        "again.",
-        UserWarning,
-        stacklevel=6,
-    )
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from squareq_fx.errors import PassError, VerificationError
+from squareq_fx.lora import Lora
 
 __all__ = [
     "CallSpec",
@@ -130,6 +131,7 @@ class Program:
         dtype: the model's floating point type.
         guards: conditions on the input sizes under which the trace is the model's program (sympy expressions).
         segments: for every streamed segment, by name, what its flat buffer holds.
+        lora: what the `adapt` pass was told; None before it.
         gradients: what the graph returns after the model's outputs: (kind, key) of the adapters and inputs whose gradients they
             are; empty before `differentiate`.
         arena_bytes: size of the device buffer the scheduled loads own ranges of; 0 before `schedule`.
@@ -149,6 +151,7 @@ class Program:
     dtype: torch.dtype
     guards: tuple[Any, ...] = ()
     segments: Mapping[str, tuple[Packed, ...]] = field(default_factory=dict)
+    lora: Lora | None = None
     gradients: tuple[tuple[str, str], ...] = ()
     arena_bytes: int = 0
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -82,8 +83,15 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
         return values, list(gradients)
 
     with _tracing(mode):
-        traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments, *tangents)
+        trace = make_fx(joint, _decompositions(tangents[0].device), tracing_mode="real", _allow_non_fake_inputs=True)
+        traced = trace(*arguments, *tangents)
     return _cleaned(traced, function, len(arguments), len(results), made_by, sources)
+
+
+def _decompositions(device: torch.device) -> dict[Any, Any]:
+    """Operations that autograd uses on fake tensors of every device, and that exist on CUDA only."""
+    fused = (torch.ops.aten._fused_rms_norm.default, torch.ops.aten._fused_rms_norm_backward.default)
+    return {} if device.type == "cuda" else get_decompositions(fused)
 
 
 @contextlib.contextmanager

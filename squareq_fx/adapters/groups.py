@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 
 from squareq_fx.errors import AdapterError
 
-__all__ = ["Group", "group", "no_such_layers", "wrong_shape"]
+__all__ = ["Group", "group", "no_such_layers", "without_text_encoders", "wrong_shape"]
 
 _KEY = re.compile(r"(?P<name>.+)\.(?:lora_(?P<part>A|B|down|up)\.weight|alpha)")
 
@@ -38,6 +39,15 @@ class Group:
     @property
     def rank(self) -> int:
         return int(self.down.shape[0])
+
+
+def without_text_encoders(tensors: Mapping[str, torch.Tensor], expression: str, where: str) -> dict[str, torch.Tensor]:
+    """The tensors whose key does not begin with `expression`; a UserWarning says what was left out."""
+    other = [key for key in tensors if re.match(expression, key)]
+    if other:
+        message = f"{where}: {len(other)} tensors belong to text encoders ({other[0]}, ...) and are not read"
+        warnings.warn(message, UserWarning, stacklevel=4)
+    return {key: tensor for key, tensor in tensors.items() if not re.match(expression, key)}
 
 
 def group(tensors: Mapping[str, torch.Tensor], where: str, problems: list[str]) -> dict[str, Group]:

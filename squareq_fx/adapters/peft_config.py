@@ -1,7 +1,7 @@
 """PEFT's `LoraConfig`, as JSON holds it: the alpha of every layer, and what we write.
 
-The fields and how patterns match are PEFT's (`peft.tuners.lora.LoraConfig`, `peft.utils.other.get_pattern_key`, 0.21); diffusers
-keeps the same dict in its files' metadata. PEFT itself is not needed to read one.
+The fields and how patterns match are PEFT's (`peft.tuners.lora.LoraConfig`, `peft.utils.other.get_pattern_key`, 0.21);
+diffusers keeps the same dict in its files' metadata. PEFT itself is not needed to read one.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def alphas(config: Mapping[str, Any], ranks: Mapping[str, int], problems: list[s
     return found
 
 
-def lora_config(adapter: Adapter, target_modules: list[str] | str) -> dict[str, Any]:
+def lora_config(adapter: Adapter) -> dict[str, Any]:
     """What `peft.LoraConfig(**...)` takes: the commonest rank and alpha, and a pattern for each layer that has others."""
     rank = _commonest(part.rank for part in adapter.layers.values())
     alpha = _commonest(_whole(part.alpha) for part in adapter.layers.values())
-    # Anchored: PEFT would match "proj_out" also against "blocks.0.proj_out".
+    # PEFT takes a list of targets, and a pattern that is not anchored, for suffixes: "proj_out" would be every block's as well.
     names = {layer: f"^{re.escape(layer)}" for layer in adapter.layers}
     return {
         "peft_type": "LORA",
@@ -66,7 +66,7 @@ def lora_config(adapter: Adapter, target_modules: list[str] | str) -> dict[str, 
         "lora_alpha": alpha,
         "rank_pattern": {names[layer]: part.rank for layer, part in adapter.layers.items() if part.rank != rank},
         "alpha_pattern": {names[layer]: _whole(part.alpha) for layer, part in adapter.layers.items() if part.alpha != alpha},
-        "target_modules": target_modules,
+        "target_modules": "|".join(re.escape(layer) for layer in adapter.layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -75,7 +75,8 @@ def lora_config(adapter: Adapter, target_modules: list[str] | str) -> dict[str, 
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    problems = [f"the configuration has {name}={config[name]!r}, which is not supported" for name in _VARIANTS if config.get(name)]
+    on = [name for name in _VARIANTS if config.get(name)]
+    problems = [f"the configuration has {name}={config[name]!r}, which is not supported" for name in on]
     kind = config.get("peft_type") or "LORA"
     if str(kind).rpartition(".")[2] != "LORA":
         problems.append(f"the configuration has peft_type={kind!r}; only LORA is supported")

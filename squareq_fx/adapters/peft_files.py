@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from squareq_fx.adapters.groups import Group, group, no_such_layers, wrong_shape
+from squareq_fx.adapters.groups import Group, group, no_such_layers, without_text_encoders, wrong_shape
 from squareq_fx.adapters.peft_config import alphas, lora_config
 from squareq_fx.adapters.state import Adapter, LayerAdapter
 from squareq_fx.adapters.storage import (
@@ -21,14 +20,15 @@ from squareq_fx.adapters.storage import (
     PEFT_PREFIX,
     PEFT_WEIGHTS,
     Stored,
+    packed,
     staged,
 )
 from squareq_fx.errors import AdapterError
 
-__all__ = ["read_diffusers", "read_peft", "warn_of_text_encoders", "write_diffusers", "write_peft"]
+__all__ = ["read_diffusers", "read_peft", "write_diffusers", "write_peft"]
 
 _COMPONENTS = ("transformer", "unet")
-_OLDER_SPELLING = re.compile(r"_lora\.(down|up)\.weight|\.lora\.(down|up)\.weight")
+_OLDER_SPELLING = re.compile(r"(_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$")
 
 
 def read_peft(stored: Stored, layers: Mapping[str, tuple[int, int]], problems: list[str]) -> dict[str, LayerAdapter]:
@@ -37,7 +37,7 @@ def read_peft(stored: Stored, layers: Mapping[str, tuple[int, int]], problems: l
     Raises:
         AdapterError: there is no configuration, or not one key is a LoRA's.
     """
-    if stored.config is None:
+    if not stored.config:
         raise AdapterError(
             f"{stored.where}: these are PEFT's keys, and their alpha is in an {PEFT_CONFIG}, which is not beside it; "
             "for a state dict, pass config=LoraConfig.to_dict()"
@@ -48,7 +48,7 @@ def read_peft(stored: Stored, layers: Mapping[str, tuple[int, int]], problems: l
 
 
 def read_diffusers(stored: Stored, layers: Mapping[str, tuple[int, int]], problems: list[str]) -> dict[str, LayerAdapter]:
-    """A diffusers file, as `save_lora_weights` (keys begin with the component's name) or `save_lora_adapter` (they do not) write it.
+    """A diffusers file: of `save_lora_weights`, where keys begin with the component's name, or of `save_lora_adapter`.
 
     Ranks and alphas are in the metadata entry `lora_adapter_metadata`, under the component's name too. A file without it has
     alpha = rank in every layer: that is how diffusers 0.42 reads it. The spellings before PEFT (`to_q_lora.down`,
@@ -57,8 +57,12 @@ def read_diffusers(stored: Stored, layers: Mapping[str, tuple[int, int]], proble
     Raises:
         AdapterError: not one key is a LoRA's.
     """
-    tensors = _without_text_encoders(stored, layers)
-    component = next((name for name in _COMPONENTS if _is_component(name, tensors, layers)), None)
+    roots = {layer.split(".")[0] for layer in layers}
+    tensors = dict(stored.tensors)
+    if not any(root.startswith("text_encoder") for root in roots):
+        tensors = without_text_encoders(tensors, r"text_encoder(_\d)?\.", stored.where)
+    found = {key.split(".")[0] for key in tensors} - roots
+    component = next((name for name in _COMPONENTS if name in found), None)
     prefix = f"{component}." if component else ""
     tensors = _newer_spelling({key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, problems)
     groups = group(tensors, stored.where, problems)
@@ -70,39 +74,27 @@ def read_diffusers(stored: Stored, layers: Mapping[str, tuple[int, int]], proble
 def write_diffusers(adapter: Adapter, path: Path, component: str | None, dtype: torch.dtype) -> Path:
     """See `write_adapter`."""
     prefix = f"{component}." if component else ""
-    config = {f"{prefix}{key}": value for key, value in lora_config(adapter, list(adapter.layers)).items()}
+    config = {f"{prefix}{key}": value for key, value in lora_config(adapter).items()}
     metadata = {"format": "pt", DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)}
+    tensors = packed(_pairs(adapter, prefix), path, dtype)
     with staged(path) as (partial,):
-        save_file(_pairs(adapter, prefix, dtype), partial, metadata)
+        save_file(tensors, partial, metadata)
     return path
 
 
 def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype) -> Path:
     """See `write_adapter`."""
-    # A list would name suffixes: "proj_out" is also every block's. A string must match the whole path.
-    targets = "|".join(re.escape(layer) for layer in adapter.layers)
-    config = {**lora_config(adapter, targets), "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    config = {**lora_config(adapter), "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    tensors = packed(_pairs(adapter, PEFT_PREFIX), directory, dtype)
     with staged(directory / PEFT_WEIGHTS, directory / PEFT_CONFIG) as (weights, settings):
-        save_file(_pairs(adapter, PEFT_PREFIX, dtype), weights, {"format": "pt"})
+        save_file(tensors, weights, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return directory
 
 
-def warn_of_text_encoders(where: str, keys: Iterable[str]) -> None:
-    """Says what of the file belongs to another model than this one."""
-    keys = list(keys)
-    if keys:
-        warnings.warn(
-            f"{where}: {len(keys)} tensors belong to text encoders ({keys[0]}, ...) and are not read", UserWarning, stacklevel=2
-        )
-
-
-def _pairs(adapter: Adapter, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for layer, part in adapter.layers.items():
-        tensors[f"{prefix}{layer}.lora_A.weight"] = part.down.detach().to("cpu", dtype, copy=True).contiguous()
-        tensors[f"{prefix}{layer}.lora_B.weight"] = part.up.detach().to("cpu", dtype, copy=True).contiguous()
-    return tensors
+def _pairs(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
+    down = {f"{prefix}{layer}.lora_A.weight": part.down for layer, part in adapter.layers.items()}
+    return {**down, **{f"{prefix}{layer}.lora_B.weight": part.up for layer, part in adapter.layers.items()}}
 
 
 def _adapters(
@@ -123,33 +115,19 @@ def _adapters(
     return found
 
 
-def _without_text_encoders(stored: Stored, layers: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Keys of `text_encoder.`, `text_encoder_2.`, ..., unless the model itself has a part of that name."""
-    belong = [key for key in stored.tensors if re.match(r"text_encoder(_\d)?\.", key) and key.split(".")[0] not in _roots(layers)]
-    warn_of_text_encoders(stored.where, belong)
-    return {key: tensor for key, tensor in stored.tensors.items() if key not in set(belong)}
-
-
-def _is_component(name: str, keys: Iterable[str], layers: Mapping[str, tuple[int, int]]) -> bool:
-    return name not in _roots(layers) and any(key.startswith(f"{name}.") for key in keys)
-
-
-def _roots(layers: Iterable[str]) -> set[str]:
-    return {layer.split(".")[0] for layer in layers}
-
-
 def _newer_spelling(tensors: Mapping[str, torch.Tensor], problems: list[str]) -> dict[str, torch.Tensor]:
-    linear_layer = {re.sub(r"\.lora_linear_layer\.(down|up)\.weight$", r".lora.\1.weight", key): key for key in tensors}
-    if not any(_OLDER_SPELLING.search(key) for key in linear_layer):
+    older = [key for key in tensors if _OLDER_SPELLING.search(key)]
+    if not older:
         return dict(tensors)
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     renamed: dict[str, torch.Tensor] = {}
-    for middle, key in linear_layer.items():
-        (name,) = convert_unet_state_dict_to_peft({middle: None})
+    for key, tensor in tensors.items():
+        # The table has lora_linear_layer for text encoders only.
+        (name,) = convert_unet_state_dict_to_peft({key.replace(".lora_linear_layer.", ".lora."): None})
         if name in renamed:
             problems.append(f"{key}: is {name}, which the file has under another spelling too")
-        renamed[name] = tensors[key]
+        renamed[name] = tensor
     return renamed
 
 

@@ -1,4 +1,4 @@
-"""What lies on disk: tensors, metadata and configuration of an adapter, not yet understood; and writing it, whole or not at all."""
+"""What lies on disk: tensors, metadata and configuration of an adapter, not yet understood; and writing them atomically."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "Stored",
     "open_adapter",
+    "packed",
     "staged",
 ]
 
@@ -115,6 +116,20 @@ def _layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
     if any(key.startswith((*KOHYA_PREFIXES, "lora_te")) for key in tensors):
         return "kohya"
     return "peft" if any(key.startswith(PEFT_PREFIX) for key in tensors) else "diffusers"
+
+
+def packed(tensors: Mapping[str, torch.Tensor], where: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Copies to write: contiguous, on the CPU, in `dtype`.
+
+    Raises:
+        AdapterError: values are not finite there; float16 ends at 65504.
+    """
+    copies = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
+    bad = [key for key, copy in copies.items() if not torch.isfinite(copy).all()]
+    problems = [f"{key} has NaN, infinite or too large values" for key in bad]
+    if problems:
+        raise AdapterError(f"{where}: the adapter has values that {dtype} cannot hold", problems)
+    return copies
 
 
 @contextlib.contextmanager

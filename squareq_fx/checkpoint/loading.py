@@ -42,8 +42,8 @@ def load_checkpoint(
         The step.
 
     Raises:
-        SquareQError: no checkpoint is there, it is damaged, or it is not of what is to be loaded: other parameters, shapes, dtypes,
-            parameter groups or classes. Every mismatch is listed, and nothing is changed.
+        SquareQError: no checkpoint is there, it is damaged, or it is not of what is to be loaded: other parameters, shapes,
+            dtypes, parameter groups or classes. Every mismatch is listed, and nothing is changed.
     """
     path = Path(directory) if (Path(directory) / STATE).is_file() else latest_checkpoint(directory)
     if path is None:
@@ -61,9 +61,10 @@ def load_checkpoint(
             *_compare_devices(saved["random"]["cuda"], here["random"]["cuda"]),
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise SquareQError(f"{path / STATE} is not what this package wrote: {error!r}; resume from an older checkpoint") from error
+        raise SquareQError(f"{path / STATE} is not what this package wrote: {error!r}; resume from an older one") from error
     if problems:
-        raise SquareQError("\n  - ".join([f"{path} is not a checkpoint of this run; resume with the run's own options:", *problems]))
+        headline = f"{path} is not a checkpoint of this run; resume with the run's own options:"
+        raise SquareQError("\n  - ".join([headline, *problems]))
 
     saved = trees.placed_as(saved, here)
     for name, value in (extra or {}).items():

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 from squareq_fx.checkpoint import trees
-from squareq_fx.checkpoint.directory import ADAPTERS, STATE, TENSORS, VERSION, fingerprint, install, make_room, remove_older, write
+from squareq_fx.checkpoint.directory import (
+    ADAPTERS,
+    STATE,
+    TENSORS,
+    VERSION,
+    fingerprint,
+    install,
+    make_room,
+    remove_older,
+    write,
+)
 from squareq_fx.checkpoint.states import Stateful, class_names, group_names, states, trainable
 from squareq_fx.errors import SquareQError
 

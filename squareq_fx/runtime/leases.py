@@ -25,6 +25,7 @@ class Lease:
         step: the last step that asked for it.
         transfer: the copy that fills it; None if the block is resident.
         loaded: the graph holds it now.
+        read: it has been loaded at some time, so kernels may be reading it.
     """
 
     block: str
@@ -34,6 +35,7 @@ class Lease:
     step: int
     transfer: Transfer | None
     loaded: bool = False
+    read: bool = False
 
 
 class Leases:
@@ -132,8 +134,15 @@ class Leases:
         del self._live[lease.block, lease.visit]
         self._give_back(lease)
 
+    def keep(self, lease: Lease, step: int) -> None:
+        """The graph holds it no longer, but its bytes stay until another claim wants them or a step does not ask for it."""
+        if lease.transfer is None:
+            self.release(lease)
+        else:
+            lease.loaded, lease.step = False, step
+
     def drop(self, lease: Lease) -> None:
-        """Ends a claim that was never handed out."""
+        """Ends a claim that nobody holds."""
         assert lease.transfer is not None and self.recorder is not None
         lease.transfer.cancelled = True
         # A shutdown on another thread may have ended it before.
@@ -151,7 +160,7 @@ class Leases:
         """Ends every claim, after an error. What was queued still runs, and is waited for as always."""
         leases, self._live = list(self._live.values()), {}
         for lease in leases:
-            if lease.transfer is not None and not lease.loaded:
+            if lease.transfer is not None and not lease.read:
                 lease.transfer.cancelled = True
         for lease in leases:
             self._give_back(lease)
@@ -160,7 +169,7 @@ class Leases:
         if lease.transfer is None:
             return
         # Memory that was never handed out is the copy stream's alone, and that keeps its order by itself.
-        mark = self._device.engine.mark_compute() if lease.loaded else None
+        mark = self._device.engine.mark_compute() if lease.read else None
         if lease.offset is not None:
             self._arena.free((lease.block, lease.visit), mark)
         elif mark is not None:

@@ -16,7 +16,7 @@ import torch
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.runtime.device import Device, start_device
 from squareq_fx.runtime.engines import Engine, engine_for
-from squareq_fx.runtime.leases import Leases, describe
+from squareq_fx.runtime.leases import Lease, Leases, describe
 from squareq_fx.runtime.store import WeightStore
 from squareq_fx.runtime.telemetry import StepRecorder, StepReport
 
@@ -163,7 +163,7 @@ class Runtime:
         except BaseException:
             now.leases.drop(lease)
             raise
-        lease.loaded = True
+        lease.loaded = lease.read = True
         now.recorder.arrived(arrival, lease.transfer, is_miss=waiting is None)
         return lease.memory
 
@@ -175,14 +175,31 @@ class Runtime:
             RuntimeStateError: that visit is not loaded, or `weights` is not what its load returned.
         """
         now = self._running("evict", block, visit)
-        lease = now.leases.held(block, visit)
-        if weights.data_ptr() != lease.memory.data_ptr():
-            raise RuntimeStateError(f"evict of {describe(block, visit)}: not the weights its load returned")
+        lease = self._held(now, "evict", weights, block, visit)
         is_streamed = lease.transfer is not None
         if is_streamed and self._poison:
             lease.memory.fill_(_POISON)
         now.leases.release(lease)
         now.recorder.event("evict", block, visit, -lease.memory.numel() if is_streamed else 0)
+
+    @_out_of_autograds_sight
+    def keep(self, weights: torch.Tensor, block: str, visit: int) -> None:
+        """Like `evict`, but a load of the same visit to the same place in the next step finds the bytes still there.
+
+        They give way to any other claim on their place in the arena, and are given back after a step that does not ask for them.
+
+        Raises:
+            RuntimeStateError: as for `evict`.
+        """
+        now = self._running("keep", block, visit)
+        now.leases.keep(self._held(now, "keep", weights, block, visit), now.recorder.index)
+        now.recorder.event("keep", block, visit)
+
+    def _held(self, now: _Running, what: str, weights: torch.Tensor, block: str, visit: int) -> Lease:
+        lease = now.leases.held(block, visit)
+        if weights.data_ptr() != lease.memory.data_ptr():
+            raise RuntimeStateError(f"{what} of {describe(block, visit)}: not the weights its load returned")
+        return lease
 
     @_out_of_autograds_sight
     def prefetch(self, block: str, visit: int, nbytes: int, offset: int | None) -> None:

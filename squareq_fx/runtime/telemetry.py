@@ -12,7 +12,7 @@ from squareq_fx.runtime.engines import Mark
 
 __all__ = ["EventKind", "MemoryEvent", "StepRecorder", "StepReport", "StepTiming"]
 
-EventKind = Literal["prefetch", "load", "evict", "drop"]
+EventKind = Literal["prefetch", "load", "keep", "evict", "drop"]
 
 _NOISE_MS = 0.01
 
@@ -23,7 +23,7 @@ class MemoryEvent:
 
     Args:
         t: host seconds since the step began. With CUDA the host runs ahead; the order is that of the program.
-        kind: "drop" is a prefetch that nobody loaded.
+        kind: "drop" is a prefetch that nobody loaded, "keep" an eviction that leaves the bytes for the next step.
         bytes_in_use: streamed bytes claimed after the event, resident ones not counted.
     """
 
