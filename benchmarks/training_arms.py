@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Arm", "Step", "add_peft", "compare", "held", "random_values"]
+from squareq_fx import CompiledModule
+
+__all__ = ["Arm", "Step", "add_peft", "compare", "held", "random_values", "resident_unchanged"]
 
 GIB = 2**30
 
@@ -56,15 +58,18 @@ class Arm:
         module: called with `call`.
         before: what `held` said before the module was made.
         is_peer: whether attention must keep off cuDNN, whose backward fails on diffusers' layout (torch 2.11, CUDA 13).
+        optimizer: AdamW over the adapters.
+        steps: how many it has taken.
     """
 
     name: str
-    module: nn.Module
+    module: Any
     call: Mapping[str, Any]
     target: torch.Tensor
     before: tuple[int, int]
     is_peer: bool = False
     optimizer: torch.optim.Optimizer = field(init=False)
+    steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.adapters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
@@ -85,6 +90,7 @@ class Arm:
         marks.append(_mark(device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
         marks.append(_mark(device))
         if on_card:
             torch.cuda.synchronize()
@@ -162,6 +168,21 @@ def compare(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
         "worst": [(n, cosines[n]) for n in ranked[:5]],
         "equal": all(torch.equal(ours[n], theirs[n]) for n in both),
     }
+
+
+def resident_unchanged(module: CompiledModule) -> bool:
+    """Whether every weight that is resident on the device still has the bytes it was filled with."""
+    runtime = module.runtime
+    assert runtime is not None
+    unchanged = True
+    with runtime.step():
+        for name, segment in runtime.store.segments.items():
+            weights = runtime.load(name, 0, segment.nbytes, None)
+            filled = torch.empty_like(weights)
+            runtime.store.gather(name, filled)
+            unchanged &= torch.equal(weights, filled)
+            runtime.evict(weights, name, 0)
+    return unchanged
 
 
 def _mark(device: torch.device) -> Any:

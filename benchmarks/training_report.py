@@ -114,6 +114,7 @@ def _model(entries: Sequence[Entry], model: str) -> list[str]:
         rows = [_gradient_row(e) for e in compared]
         lines += ["Gradients of every adapter tensor, the same random A and B everywhere:", "", *_table(_GRADIENTS, rows), ""]
     lines += [_sentence(e) for e in entries if e["event"] in ("trace", "note")]
+    lines += [_floor(e, timed.get("streamed", {}).get("moved_gib", 0.0)) for e in entries if e["event"] == "ceilings"]
     losses = [f"{e['loss']:.5f}" for e in entries if e["event"] == "step" and e["run"] == "training"]
     if losses:
         lines += ["", f"Loss of each of the {len(losses)} steps: {' '.join(losses)}"]
@@ -135,6 +136,17 @@ def _sentence(entry: Entry) -> str:
     return (
         f"One streamed step under the profiler ({entry['picture']}): {step} ms, the forward {forward}; compute busy {busy}, "
         f"copies {copies}, of which {under} under compute."
+    )
+
+
+def _floor(entry: Entry, moved_gib: float) -> str:
+    arithmetic = entry["operations"] / entry["product_rate"]
+    copies = moved_gib * 2**30 / entry["copy_rate"]
+    work, rate, bus = entry["operations"] / 1e12, entry["product_rate"] / 1e12, entry["copy_rate"] / 1e9
+    return (
+        f"No step can take less than its arithmetic, {work:.3g} TFLOP (recomputation included) at the {rate:.3g} TFLOP/s of a "
+        f"large product: {arithmetic * 1e3:.1f} ms; a streamed one, nor than its copies at the {bus:.3g} GB/s of a large copy: "
+        f"{copies * 1e3:.1f} ms."
     )
 
 

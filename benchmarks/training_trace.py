@@ -25,6 +25,7 @@ COLOURS = {
     "other kernels": "#9aa5b1",
     "host to device": "#ea8a1f",
 }
+_PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "conv", "fprop", "dgrad", "int8_linear", "addmm", "::mm", "matmul", "::linear")
 _ZOOM = 1 / 12  # of the step, a side of the moment the backward begins
 _JOIN_US = 3.0  # gaps of a launch between kernels of one kind are not drawn
 _SMALL_COPY = 1 << 16  # bytes; the scalars a step sends are no weights
@@ -146,7 +147,7 @@ def _kernel_kind(name: str) -> str:
         return "attention"
     if "dequant" in name:
         return "dequantise"
-    if any(part in name for part in ("gemm", "nvjet", "cutlass", "xmma", "int8_linear", "addmm", "::mm", "matmul", "::linear")):
+    if any(part in name for part in _PRODUCTS):
         return "matrix product"
     return "other kernels"
 

@@ -144,7 +144,8 @@ def results(node: fx.Node) -> dict[int, fx.Node]:
     """The values that a call of a function returns and that are used, by position."""
     if isinstance(node.meta["val"], torch.Tensor):
         return {0: node}
-    return {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
+    found = {int(user.args[1]): user for user in node.users if user.target is operator.getitem}  # type: ignore[arg-type]
+    return dict(sorted(found.items()))
 
 
 def enclosed(node: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -64,10 +64,11 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
     """
     placeholders = [n for n in function.graph.nodes if n.op == "placeholder"]
     sources = list(function.graph.nodes)
-    arguments = [n.meta["val"] for n in placeholders]
     results = output_nodes(function)
     mode = fake_mode(function)
     with mode, torch.no_grad():
+        # The tracer tells tensors apart by identity, and equal types share one `val`.
+        arguments = [_fresh(n.meta["val"]) for n in placeholders]
         tangents = [torch.empty_like(results[i].meta["val"], memory_format=torch.contiguous_format) for i in outputs]
 
     def joint(*flat: Any) -> tuple[list[Any], list[Any]]:
@@ -77,15 +78,30 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
         with torch.enable_grad():
             values = _Recording(function, sources).run(*given)
             values = [values] if isinstance(values, torch.Tensor) else list(values)
-            gradients = torch.autograd.grad(
-                [values[i] for i in outputs], [given[i] for i in wrt], cotangents, allow_unused=True
-            )
+            gradients = _gradients([values[i] for i in outputs], [given[i] for i in wrt], cotangents)
         return values, list(gradients)
 
     with _tracing(mode):
         trace = make_fx(joint, _decompositions(tangents[0].device), tracing_mode="real", _allow_non_fake_inputs=True)
         traced = trace(*arguments, *tangents)
     return _cleaned(traced, function, len(arguments), len(results), made_by, sources)
+
+
+def _gradients(outputs: list[Any], inputs: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+    try:
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PassError(
+            f"torch cannot differentiate an operation of this function: {reason}. Detach its input in the model, or register a "
+            "derivative with torch.library.register_autograd."
+        ) from error
+
+
+def _fresh(val: Any) -> Any:
+    if not isinstance(val, torch.Tensor):
+        return val
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
 def _decompositions(device: torch.device) -> dict[Any, Any]:
@@ -136,6 +152,8 @@ class _Recording(fx.Interpreter):
             _mark(self._index[n])
             if n.target is ops.int8_linear:
                 result = _Int8Linear.apply(*args, *([None] * (5 - len(args))))
+            elif n.target is torch.ops.aten.copy.default:  # what functionalising makes of writes; it has no derivative
+                result = args[1].to(args[0].dtype).expand(args[0].shape)
             else:
                 result = n.target(*args, **kwargs)  # type: ignore[operator]
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]

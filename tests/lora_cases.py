@@ -13,7 +13,18 @@ from torch import nn
 
 from squareq_fx.adapters import Adapter, LayerAdapter
 
-__all__ = ["assert_same", "delta", "fresh", "linear_layers", "make", "output", "randomise", "with_weights_added"]
+__all__ = [
+    "assert_same",
+    "assert_same_effect",
+    "delta",
+    "effect",
+    "fresh",
+    "linear_layers",
+    "make",
+    "output",
+    "randomise",
+    "with_weights_added",
+]
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -40,6 +51,20 @@ def make(
 
 def delta(part: LayerAdapter) -> torch.Tensor:
     return (part.alpha / part.rank) * (part.up.double() @ part.down.double())
+
+
+def effect(part: LayerAdapter) -> torch.Tensor:
+    """alpha / r * B A x, float64, for 16 random x: two adapters that agree on them are the same matrix, almost surely."""
+    with seeded(11):
+        x = torch.randn(part.down.shape[1], 16, dtype=torch.float64)
+    return part.scaling * (part.up.double() @ (part.down.double() @ x))
+
+
+def assert_same_effect(got: Mapping[str, LayerAdapter], expected: Mapping[str, LayerAdapter]) -> None:
+    assert set(got) == set(expected)
+    for name, part in expected.items():
+        wanted = effect(part)
+        torch.testing.assert_close(effect(got[name]), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
 def assert_same(got: Adapter, expected: Adapter) -> None:

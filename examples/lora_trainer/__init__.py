@@ -1,8 +1,8 @@
 """What `cache_latents.py` and `train_lora.py` are made of. Read in this order:
 
     buckets     which resolution an image is trained at
-    families    what differs between SDXL and Flux
     cache       the files between the two scripts
+    families    what differs between SDXL and Flux
     objectives  noise in, target out
     data        the order of the batches
     settings    every option, and what can be wrong with them

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,17 @@ from safetensors import SafetensorError, safe_open
 from lora_trainer.buckets import Size
 from squareq_fx.errors import SquareQError
 
-__all__ = ["FORMAT", "PROMPTS", "Cache", "Entry", "find_entries", "open_cache", "read_entry", "write_entry"]
+__all__ = [
+    "PROMPTS",
+    "Cache",
+    "Entry",
+    "Takes",
+    "entry_metadata",
+    "find_entries",
+    "open_cache",
+    "read_entry",
+    "write_entry",
+]
 
 FORMAT = "lora_trainer cache 1"
 PROMPTS = "prompts"
@@ -48,6 +58,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Takes:
+    """What a model takes.
+
+    Attributes:
+        shapes: of the tensors of one sample, by name; None is any size.
+        latent_multiple: both sides of the latents are multiples of it.
+    """
+
+    family: str
+    shapes: Mapping[str, tuple[int | None, ...]]
+    latent_multiple: int
+
+
+@dataclass(frozen=True)
 class Cache:
     """A cache that was found to be in order."""
 
@@ -56,12 +80,9 @@ class Cache:
     prompts: tuple[Entry, ...]
 
 
-def write_entry(path: Path, tensors: Mapping[str, torch.Tensor], *, family: str, caption: str, bucket: Size | None, source: str) -> None:
-    """Write one file, whole or not at all."""
-    metadata = {"format": FORMAT, "family": family, "caption": caption, "source": source}
-    if bucket is not None:
-        metadata["bucket"] = f"{bucket[0]}x{bucket[1]}"
-    content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+def write_entry(path: Path, tensors: Mapping[str, torch.Tensor], entry: Mapping[str, str]) -> None:
+    """Write one file, whole or not at all; `entry` is what `entry_metadata` made."""
+    content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dict(entry))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
@@ -69,6 +90,12 @@ def write_entry(path: Path, tensors: Mapping[str, torch.Tensor], *, family: str,
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def entry_metadata(*, family: str, caption: str, source: str, bucket: Size | None = None) -> dict[str, str]:
+    """The `__metadata__` of one file."""
+    found = {"format": FORMAT, "family": family, "caption": caption, "source": source}
+    return found if bucket is None else {**found, "bucket": f"{bucket[0]}x{bucket[1]}"}
 
 
 def read_entry(path: Path) -> Entry:
@@ -95,20 +122,16 @@ def find_entries(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*.safetensors") if not path.name.startswith("."))
 
 
-def open_cache(directory: Path, shapes: Mapping[str, tuple[int | None, ...]], family: str) -> Cache:
+def open_cache(directory: Path, takes: Takes) -> Cache:
     """Read all headers and check them against the model that is to be trained.
 
-    Args:
-        shapes: of the model's family, see `Family.shapes`.
-        family: its name.
-
     Raises:
-        SquareQError: the directory is missing or empty, a file is damaged, of another family, or has tensors of other shapes than
-            the model takes; all of them are listed.
+        SquareQError: the directory is missing or empty; a file is damaged, of another family, or holds tensors that the
+            model does not take. All of them are listed.
     """
     paths = find_entries(directory)
     if not paths:
-        raise SquareQError(f"{directory} holds no cached samples: run `python examples/cache_latents.py IMAGES {directory}` first")
+        raise SquareQError(f"{directory} holds no cached samples; run `cache_latents.py PIPELINE IMAGES {directory}` first")
     problems: list[str] = []
     entries: list[Entry] = []
     for path in paths:
@@ -117,30 +140,44 @@ def open_cache(directory: Path, shapes: Mapping[str, tuple[int | None, ...]], fa
         except SquareQError as error:
             problems.append(str(error))
     counts = collections.Counter(entry.family for entry in entries)
-    if set(counts) - {family}:
+    if set(counts) - {takes.family}:
         found = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
-        problems.append(f"the model is {family}, the cache has {found}; make one cache for each family")
+        problems.append(f"the model is {takes.family}, the cache has {found}; make one cache for each family")
+    entries = [entry for entry in entries if entry.family == takes.family]
     for entry in entries:
-        if entry.family == family:
-            problems += [f"{entry.path}: {problem}" for problem in _compare(entry, shapes)]
-    samples = tuple(entry for entry in entries if entry.bucket is not None)
-    if not samples and not problems:
-        problems.append("there are prompts, but no picture")
+        problems += [f"{entry.path}: {problem}" for problem in _compare(entry, takes)]
+    if not problems:
+        problems += _compare_all(entries)
     if problems:
         raise SquareQError("\n  - ".join([f"{directory} cannot be trained on:", *problems]))
-    return Cache(family, samples, tuple(entry for entry in entries if entry.bucket is None))
+    samples = tuple(entry for entry in entries if entry.bucket is not None)
+    return Cache(takes.family, samples, tuple(entry for entry in entries if entry.bucket is None))
 
 
-def _compare(entry: Entry, expected: Mapping[str, tuple[int | None, ...]]) -> list[str]:
-    """A prompt has no latents and no sizes; all samples of one bucket have latents of one size."""
-    wanted = {name: shape for name, shape in expected.items() if entry.bucket is not None or name.endswith("embeds")}
+def _compare(entry: Entry, takes: Takes) -> list[str]:
+    """A prompt is embeddings only."""
+    wanted = {name: shape for name, shape in takes.shapes.items() if entry.bucket is not None or name.endswith("embeds")}
     problems = [f"{name} is missing" for name in wanted if name not in entry.shapes]
     for name, shape in wanted.items():
         found = entry.shapes.get(name, shape)
         if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape)):
             problems.append(f"{name} is {list(found)}, the model takes {['any' if n is None else n for n in shape]}")
-    if entry.bucket is not None and len(latents := entry.shapes.get("latents", ())) == 3:
-        width, height = entry.bucket
-        if width * latents[1] != height * latents[2] or latents[1] % 2 or latents[2] % 2:
-            problems.append(f"latents of {latents[2]}x{latents[1]} do not belong to the bucket {width}x{height}")
+    if entry.bucket is not None and not problems:
+        (width, height), (_, rows, columns) = entry.bucket, entry.shapes["latents"]
+        if width % columns or height % rows or width // columns != height // rows:
+            problems.append(f"latents of {columns}x{rows} do not belong to the bucket {width}x{height}")
+        if rows % takes.latent_multiple or columns % takes.latent_multiple:
+            problems.append(f"latents of {columns}x{rows}: the model takes multiples of {takes.latent_multiple}")
     return problems
+
+
+def _compare_all(entries: list[Entry]) -> Iterator[str]:
+    samples = [entry for entry in entries if entry.bucket is not None]
+    if not samples:
+        yield "there are prompts, but no picture"
+    scales = {entry.bucket[0] // entry.shapes["latents"][2] for entry in samples if entry.bucket is not None}
+    if len(scales) > 1:
+        yield f"latents were made by different VAEs: of 1/{', 1/'.join(map(str, sorted(scales)))} of the picture's size"
+    lengths = {entry.shapes["prompt_embeds"][0] for entry in samples}
+    if len(lengths) > 1:
+        yield f"embeddings of {', '.join(map(str, sorted(lengths)))} tokens cannot be in one batch; cache all with one pipeline"

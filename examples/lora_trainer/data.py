@@ -23,7 +23,7 @@ def plan_epoch(buckets: Sequence[Any], batch_size: int, seed: int, epoch: int) -
 
     The last batch of a bucket may be smaller. The same arguments give the same plan, and every epoch has as many batches.
     """
-    generator = torch.Generator().manual_seed(int.from_bytes(xxhash.xxh64_digest(f"{seed} {epoch}")[:7], "big"))
+    generator = torch.Generator().manual_seed(int.from_bytes(xxhash.xxh64_digest(f"{seed} {epoch}".encode())[:7], "big"))
     members: dict[Any, list[int]] = collections.defaultdict(list)
     for index in torch.randperm(len(buckets), generator=generator).tolist():
         members[buckets[index]].append(index)
@@ -48,7 +48,7 @@ class Batches:
         self._dataset = _Samples(samples)
         self._used = 0
         self._fingerprint = xxhash.xxh3_128_hexdigest(
-            repr([batch_size, seed, *((entry.path.name, entry.source) for entry in samples)])
+            repr([batch_size, seed, *((entry.path.name, entry.source) for entry in samples)]).encode()
         )
 
     @property

@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
+from lora_trainer.cache import Takes
 from squareq_fx.errors import SquareQError
 
 __all__ = ["FAMILIES", "Batch", "Family", "Flux", "Sdxl", "family_of"]
@@ -33,8 +34,8 @@ class Family(ABC):
     backbone_class: str
 
     @abstractmethod
-    def shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
-        """What the cached tensors of one sample must look like for a model of this config; None is any size."""
+    def takes(self, config: Any) -> Takes:
+        """What a model of this config must be given."""
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -45,7 +46,7 @@ class Family(ABC):
         return {}
 
     @abstractmethod
-    def predict(self, model: nn.Module, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
+    def predict(self, model: Any, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
         """The model's prediction, shaped as the latents, in the model's dtype.
 
         Args:
@@ -62,20 +63,37 @@ class Family(ABC):
             options: width, height, num_inference_steps, guidance_scale, generator.
         """
 
+    def assemble(self, model: Any, vae: nn.Module, scheduler: Any) -> Any:
+        """A pipeline around the model that is trained; without text encoders, for its prompts are embeddings."""
+        cls = getattr(diffusers, self.pipeline_class)
+        absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        return cls(**{self.backbone: model}, vae=vae, scheduler=scheduler, **absent)
+
     def load_encoders(self, pipeline_dir: Path, dtype: torch.dtype) -> Any:
         """The pipeline without its largest part; the VAE is in float32, for SDXL's overflows in float16."""
         cls = getattr(diffusers, self.pipeline_class)
         without: dict[str, Any] = {self.backbone: None}
-        pipeline = cls.from_pretrained(pipeline_dir, torch_dtype=dtype, local_files_only=True, **without)
-        pipeline.vae.to(torch.float32)
-        return pipeline
+        dtypes = {"vae": torch.float32, "default": dtype}
+        return cls.from_pretrained(pipeline_dir, torch_dtype=dtypes, local_files_only=True, **without)
+
+    def config(self, pipeline_dir: Path) -> dict[str, Any]:
+        """The model's config.
+
+        Raises:
+            SquareQError: it is missing.
+        """
+        path = pipeline_dir / self.backbone / "config.json"
+        if not path.is_file():
+            raise SquareQError(f"{path} is missing: {pipeline_dir} is not a whole pipeline directory")
+        return dict(getattr(diffusers, self.backbone_class).load_config(path.parent, local_files_only=True))
 
     def skeleton(self, pipeline_dir: Path, dtype: torch.dtype) -> nn.Module:
         """The model on `meta`: its weights come from the slab."""
         cls = getattr(diffusers, self.backbone_class)
         with torch.device("meta"):
-            model = cls.from_config(cls.load_config(pipeline_dir / self.backbone, local_files_only=True))
-        return model.to(dtype).eval().requires_grad_(False)
+            model = cls.from_config(self.config(pipeline_dir))
+        nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules to keep in float32, of which neither family has any
+        return model.eval().requires_grad_(False)
 
 
 class Sdxl(Family):
@@ -84,23 +102,27 @@ class Sdxl(Family):
     name = "sdxl"
     pipeline_class, backbone, backbone_class = "StableDiffusionXLPipeline", "unet", "UNet2DConditionModel"
 
-    def shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
+    def takes(self, config: Any) -> Takes:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return {
+        shapes = {
             "latents": (config["in_channels"], None, None),
             "prompt_embeds": (None, config["cross_attention_dim"]),
             "pooled_prompt_embeds": (pooled,),
             "time_ids": (6,),
         }
+        return Takes(self.name, shapes, latent_multiple=2 ** (len(config["block_out_channels"]) - 1))
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        if pipeline.config.force_zeros_for_empty_prompt:
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds * said.view(-1, 1, 1), pooled * said.view(-1, 1)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def conditions(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> dict[str, torch.Tensor]:
         return {"time_ids": torch.tensor([*original, *crop, *target], dtype=torch.float32)}
 
-    def predict(self, model: nn.Module, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
+    def predict(self, model: Any, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
         added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"].to(noisy.dtype)}
         return model(
             noisy,
@@ -127,19 +149,20 @@ class Flux(Family):
     name = "flux"
     pipeline_class, backbone, backbone_class = "FluxPipeline", "transformer", "FluxTransformer2DModel"
 
-    def shapes(self, config: Any) -> dict[str, tuple[int | None, ...]]:
-        return {
+    def takes(self, config: Any) -> Takes:
+        shapes = {
             "latents": (config["in_channels"] // 4, None, None),
             "prompt_embeds": (None, config["joint_attention_dim"]),
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
+        return Takes(self.name, shapes, latent_multiple=2)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         longest = min(512, pipeline.tokenizer_2.model_max_length)
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=longest)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def predict(self, model: nn.Module, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
+    def predict(self, model: Any, noisy: Latents, timesteps: torch.Tensor, batch: Batch, guidance: float) -> Latents:
         count, channels, height, width = noisy.shape
         text = batch["prompt_embeds"]
         guided = bool(model.config["guidance_embeds"])

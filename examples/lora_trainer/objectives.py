@@ -88,7 +88,8 @@ def shift_for(tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Denoising diffusion (arXiv 2006.11239): x_t = a x + s noise; the model answers the noise, or v = a noise - s x (2202.00512).
+    """Denoising diffusion (arXiv 2006.11239): x_t = a x + s noise; the model answers the noise, or v = a noise - s x
+    (arXiv 2202.00512).
 
     Args:
         scheduler: a diffusers `DDPMScheduler`; its `prediction_type` says which of the two.

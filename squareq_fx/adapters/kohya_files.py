@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from squareq_fx.adapters.groups import Group, group, no_such_layers, without_text_encoders, wrong_shape
-from squareq_fx.adapters.kohya_names import Names, Slot, bfl_names, diffusers_reads, is_flux_shaped
+from squareq_fx.adapters.groups import group, no_such_layers, without_text_encoders, wrong_shape
+from squareq_fx.adapters.kohya_fused import fuse, split, with_alpha
+from squareq_fx.adapters.kohya_names import Names, bfl_names, diffusers_reads, is_flux_shaped
 from squareq_fx.adapters.state import Adapter, LayerAdapter
-from squareq_fx.adapters.storage import KOHYA_PREFIXES, Stored, packed, staged
+from squareq_fx.adapters.storage import KOHYA_PREFIXES, Stored, packed, staged, write_tensors
 from squareq_fx.errors import AdapterError
 
 __all__ = ["read_kohya", "write_kohya"]
@@ -56,11 +55,11 @@ def read_kohya(stored: Stored, layers: Mapping[str, tuple[int, int]], problems: 
         if problem is not None:
             problems.append(problem)
             continue
-        for slot, part in zip(slots, _split(pair, rows, fused_ranks.get(name))):
+        for slot, part in zip(slots, split(pair, slots, rows, fused_ranks.get(name))):
             if slot.layer in found:
                 problems.append(f"{name}: is the layer {slot.layer}, which the file has under another name too")
             elif part is not None:
-                found[slot.layer] = replace(part, up=_swap_halves(part.up)) if slot.swapped else part
+                found[slot.layer] = part
     problems.extend(no_such_layers(unknown, names.by_underscores))
     return found
 
@@ -71,7 +70,8 @@ def write_kohya(
     """See `write_adapter`.
 
     Raises:
-        AdapterError: the model's layers are needed and not given, or two layers have one name in this format.
+        AdapterError: the model's layers are needed and not given, or lack one of the adapter's, or two of them have one name in
+            this format.
     """
     if component == "unet":
         named, ignored = _unet_pairs(adapter)
@@ -91,9 +91,8 @@ def write_kohya(
     tensors |= packed({f"lora_unet_{name}.lora_up.weight": pair.up for name, pair in named.items()}, path, dtype)
     alphas = {f"lora_unet_{name}.alpha": torch.tensor(pair.alpha, dtype=torch.float64) for name, pair in named.items()}
     tensors |= packed(alphas, path, torch.float32)
-    metadata = {"format": "pt", **({_FUSED_RANKS: json.dumps(ranks)} if ranks else {})}
     with staged(path) as (partial,):
-        save_file(tensors, partial, metadata)
+        write_tensors(tensors, partial, {_FUSED_RANKS: json.dumps(ranks)} if ranks else {})
     return path
 
 
@@ -110,15 +109,18 @@ def _unet_pairs(adapter: Adapter) -> tuple[dict[str, LayerAdapter], list[str]]:
     """All with one alpha: where they differ, diffusers 0.42 loses those of the attention layers (their names do not match)."""
     alpha = Counter(part.alpha for part in adapter.layers.values()).most_common(1)[0][0]
     names = {layer: _EMBEDDINGS.get(layer, layer.replace(".", "_")) for layer in adapter.layers}
-    _refuse_equal(names)
+    _refuse_equal(names, names)
     ignored = [layer for layer, name in names.items() if not diffusers_reads(name, layer)]
-    return {names[layer]: _with_alpha(part, alpha) for layer, part in adapter.layers.items()}, ignored
+    return {names[layer]: with_alpha(part, alpha) for layer, part in adapter.layers.items()}, ignored
 
 
 def _transformer_pairs(
     adapter: Adapter, layers: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, LayerAdapter], dict[str, list[int]], list[str]]:
     """By name: the pairs, the ranks of the fused ones, and the layers that diffusers passes over."""
+    strange = [layer for layer in adapter.layers if layer not in layers]
+    if strange:
+        raise AdapterError("the adapter has layers that are not in layers=", strange)
     table = bfl_names() if is_flux_shaped(layers) else {}
     pairs: dict[str, LayerAdapter] = {}
     ranks: dict[str, list[int]] = {}
@@ -126,80 +128,24 @@ def _transformer_pairs(
     named: set[str] = set()
     for name, slots in table.items():
         parts = [adapter.layers.get(slot.layer) for slot in slots]
-        if any(parts):
+        if any(parts) and all(slot.layer in layers for slot in slots):
             named.update(slot.layer for slot in slots)
             ignored += [slot.layer for slot, part in zip(slots, parts) if part is not None and not slot.loaded]
-            pairs[name] = _fuse(slots, parts, layers)
+            pairs[name] = fuse(slots, parts, [layers[slot.layer][0] for slot in slots])
             if len(slots) > 1:
                 ranks[f"lora_unet_{name}"] = [0 if part is None else part.rank for part in parts]
     names = {layer: layer.replace(".", "_") for layer in adapter.layers if layer not in named}
-    _refuse_equal({**{layer: layer.replace(".", "_") for layer in layers}, **names})
+    _refuse_equal(names, layers)
     ignored += list(names) if table else []
     return {**pairs, **{name: adapter.layers[layer] for layer, name in names.items()}}, ranks, ignored
 
 
-def _refuse_equal(names: Mapping[str, str]) -> None:
-    counts = Counter(names.values())
-    equal = sorted(layer for layer, name in names.items() if counts[name] > 1)
-    if equal:
-        raise AdapterError(f"the Kohya format has one name for {' and '.join(equal)}; use another format")
-
-
-def _with_alpha(part: LayerAdapter, alpha: float) -> LayerAdapter:
-    """The same function with another alpha; B takes up the difference, rounded once."""
-    return part if part.alpha == alpha else LayerAdapter(part.down, (part.up.double() * (part.alpha / alpha)).float(), alpha)
-
-
-def _fuse(
-    slots: Sequence[Slot], parts: Sequence[LayerAdapter | None], layers: Mapping[str, tuple[int, int]]
-) -> LayerAdapter:
-    """One pair of the ranks' sum whose B is block-diagonal; the rows of a layer without adapter stay zero: it gets nothing."""
-    parts = [part and replace(part, up=_swap_halves(part.up)) if slot.swapped else part for slot, part in zip(slots, parts)]
-    present = [part for part in parts if part is not None]
-    if len(slots) == 1:
-        return present[0]
-    scaling, rank = present[0].scaling, sum(part.rank for part in present)
-    up = torch.zeros(sum(layers[slot.layer][0] for slot in slots), rank)
-    row = column = 0
-    for slot, part in zip(slots, parts):
-        end = row + layers[slot.layer][0]
-        if part is not None:
-            up[row:end, column : column + part.rank] = _with_alpha(part, scaling * part.rank).up
-            column += part.rank
-        row = end
-    return LayerAdapter(torch.cat([part.down for part in present]), up, scaling * rank)
-
-
-def _split(pair: Group, rows: Sequence[int], ranks: Sequence[int] | None) -> Iterable[LayerAdapter | None]:
-    """What each layer of a fused pair has; None for one that was written without an adapter."""
-    alpha = float(pair.rank if pair.alpha is None else pair.alpha)
-    if len(rows) == 1:
-        return [LayerAdapter(pair.down, pair.up, alpha)]
-    ups = pair.up.split(list(rows))
-    equal = [pair.rank // len(rows)] * len(rows)
-    for own in (ranks, equal):
-        if own is not None and _is_block_diagonal(ups, pair.rank, own):
-            blocks = zip(pair.down.split(list(own)), ups, own, _starts(own))
-            return [
-                LayerAdapter(down.clone(), up[:, start : start + rank].clone(), alpha * rank / pair.rank) if rank else None
-                for down, up, rank, start in blocks
-            ]
-    return [LayerAdapter(pair.down.clone(), up.clone(), alpha) for up in ups]
-
-
-def _is_block_diagonal(ups: Sequence[torch.Tensor], rank: int, ranks: Sequence[int]) -> bool:
-    if (len(ranks), sum(ranks)) != (len(ups), rank) or min(ranks) < 0:
-        return False
-    outside = (
-        bool(up[:, :start].any() or up[:, start + own :].any()) for up, own, start in zip(ups, ranks, _starts(ranks))
-    )
-    return not any(outside)
-
-
-def _starts(ranks: Sequence[int]) -> list[int]:
-    return [sum(ranks[:i]) for i in range(len(ranks))]
-
-
-def _swap_halves(up: torch.Tensor) -> torch.Tensor:
-    first, second = up.chunk(2)
-    return torch.cat([second, first])
+def _refuse_equal(names: Mapping[str, str], layers: Iterable[str]) -> None:
+    """`names` of the adapter's layers, among all `layers` of the model as far as they are known."""
+    wanted = set(names.values())
+    equal: dict[str, list[str]] = {}
+    for layer in layers:
+        equal.setdefault(names.get(layer, layer.replace(".", "_")), []).append(layer)
+    problems = [" and ".join(found) for name, found in equal.items() if name in wanted and len(found) > 1]
+    if problems:
+        raise AdapterError("the Kohya format has only one name for several layers; use another format", problems)

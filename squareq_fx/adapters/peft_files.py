@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from squareq_fx.adapters.groups import Group, group, no_such_layers, without_text_encoders, wrong_shape
 from squareq_fx.adapters.peft_config import alphas, lora_config
@@ -22,6 +21,7 @@ from squareq_fx.adapters.storage import (
     Stored,
     packed,
     staged,
+    write_tensors,
 )
 from squareq_fx.errors import AdapterError
 
@@ -61,7 +61,9 @@ def read_diffusers(stored: Stored, layers: Mapping[str, tuple[int, int]], proble
     tensors = dict(stored.tensors)
     if not any(root.startswith("text_encoder") for root in roots):
         tensors = without_text_encoders(tensors, r"text_encoder(_\d)?\.", stored.where)
-    found = {key.split(".")[0] for key in tensors} - roots
+    found = {key.split(".")[0] for key in tensors}
+    if any(key.rsplit(".lora_", 1)[0] in layers for key in tensors):  # a model may have a part of a component's name
+        found -= roots
     component = next((name for name in _COMPONENTS if name in found), None)
     prefix = f"{component}." if component else ""
     tensors = _newer_spelling({key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, problems)
@@ -75,10 +77,9 @@ def write_diffusers(adapter: Adapter, path: Path, component: str | None, dtype: 
     """See `write_adapter`."""
     prefix = f"{component}." if component else ""
     config = {f"{prefix}{key}": value for key, value in lora_config(adapter).items()}
-    metadata = {"format": "pt", DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)}
     tensors = packed(_pairs(adapter, prefix), path, dtype)
     with staged(path) as (partial,):
-        save_file(tensors, partial, metadata)
+        write_tensors(tensors, partial, {DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)})
     return path
 
 
@@ -87,7 +88,7 @@ def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype) -> Path:
     config = {**lora_config(adapter), "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
     tensors = packed(_pairs(adapter, PEFT_PREFIX), directory, dtype)
     with staged(directory / PEFT_WEIGHTS, directory / PEFT_CONFIG) as (weights, settings):
-        save_file(tensors, weights, {"format": "pt"})
+        write_tensors(tensors, weights, {})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return directory
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from squareq_fx.errors import AdapterError
 
@@ -28,6 +29,7 @@ __all__ = [
     "open_adapter",
     "packed",
     "staged",
+    "write_tensors",
 ]
 
 Layout = Literal["diffusers", "peft", "kohya"]
@@ -130,6 +132,23 @@ def packed(tensors: Mapping[str, torch.Tensor], where: Path, dtype: torch.dtype)
     if problems:
         raise AdapterError(f"{where}: the adapter has values that {dtype} cannot hold", problems)
     return copies
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with the usual permissions, the same bytes for the same contents.
+
+    The library's own `save_file` makes files that only their owner may read, and orders metadata at random.
+    """
+    data = memoryview(save(tensors, {"format": "pt", **metadata}))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.write(data[end:])
 
 
 @contextlib.contextmanager
