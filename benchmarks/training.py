@@ -39,12 +39,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_arms import GIB
-from training_bench import MEASUREMENT, PREPARATION, Bench, Log, Part
-from training_models import MODELS, Subject
-from training_report import report
 
 import squareq_fx
+
+# This folder is on the path while its modules are imported and not later: PEFT imports transformers, which would take the
+# `kernels.py` in it for the package of that name. A spawned process finds the path as it was left.
+_HERE = str(Path(__file__).resolve().parent)
+sys.path.insert(0, _HERE)
+
+from training_arms import GIB  # noqa: E402
+from training_bench import MEASUREMENT, PREPARATION, Bench, Log, Part  # noqa: E402
+from training_models import MODELS, Subject  # noqa: E402
+from training_report import report  # noqa: E402
+
+sys.path[:] = [entry for entry in sys.path if not entry or str(Path(entry).resolve()) != _HERE]
 
 PREPARATION_SECONDS = 330
 
@@ -79,9 +87,10 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     if not options.tiny:
         card = torch.cuda.get_device_properties(0)
         hardware = f"{card.name}, {card.total_memory / GIB:.0f} GiB"
+    given = [option for option in sys.argv[1:] if option not in (str(options.out), str(options.slabs), "--out", "--slabs")]
     size = "toys" if options.tiny else f"full size, {options.size}x{options.size} pixels"
     return {
-        "command": f"python benchmarks/training.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/training.py {' '.join(given)}".strip(),
         "date": date.today().isoformat(),
         "hardware": hardware,
         "versions": ", ".join([*versions, f"squareq_fx {squareq_fx.__version__}"]),
@@ -94,7 +103,9 @@ def write_report(options: argparse.Namespace) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for name in options.models:
         path = options.out / f"training-{name}.jsonl"
-        entries += [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        written = path.read_text() if path.exists() else ""
+        whole = written[: written.rfind("\n") + 1]  # a process that was killed may have left half a line
+        entries += [json.loads(line) for line in whole.splitlines()]
     if entries:
         partial = options.out / "training.md.partial"
         partial.write_text(report(entries), encoding="utf-8")

@@ -78,7 +78,7 @@ class Part:
         signal.setitimer(signal.ITIMER_REAL, 0)
         text = ""
         if error is not None:
-            text = "".join(traceback.format_exception(kind, error, trace, limit=-12))
+            text = "".join(traceback.format_exception(kind, error, trace, limit=-12))[-6000:]
             traceback.clear_frames(trace)
         self._log.write("part", part=self._name, seconds=time.perf_counter() - self._start, error=text)
         return isinstance(error, Exception)
@@ -183,13 +183,13 @@ class Bench:
 
     def interleaved(self) -> None:
         for arm in self.arms.values():  # each has waited while the others ran
-            self.log.step("warm-up", 0, arm.step())
+            self._beside_others("warm-up", 0, arm)
         names = list(self.arms)
         end = min(self.deadline - 50, time.perf_counter() + 100)  # time for what comes after
         for index in range(self.options.repeats):
             start = time.perf_counter()
             for name in names:
-                self.log.step("interleaved", index, self.arms[name].step())
+                self._beside_others("interleaved", index, self.arms[name])
             names.append(names.pop(0))
             if index >= 2 and 2 * time.perf_counter() - start > end:
                 break
@@ -221,6 +221,10 @@ class Bench:
         before = held(self.subject.device)
         module = emit(self._need("graph"), self.subject.on_meta(), slab, backing=backing)
         return Arm(name, module, self.call, self.target, before)
+
+    def _beside_others(self, run: str, index: int, arm: Arm) -> None:
+        """A step while other arms hold memory too, which its peak would count."""
+        self.log.step(run, index, dataclasses.replace(arm.step(), peak_gib=None, reserved_gib=None))
 
     def _base(self, arm: Arm) -> dict[str, str]:
         """Checksums of everything that must not change: the slab's bytes, and all tensors but the adapters."""

@@ -42,10 +42,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Trace:
-    """Args:
-    compute, copy: the spans of each stream, by start.
-    backward: when the compute stream went from forward and loss to the backward.
-    end: when the last of both streams was over.
+    """One step on the device.
+
+    Args:
+        compute, copy: the spans of each stream, by start.
+        backward: when the compute stream went from forward and loss to the backward.
+        end: when the last of both streams was over.
     """
 
     compute: tuple[Span, ...]

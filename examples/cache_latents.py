@@ -77,11 +77,12 @@ def main(
     except SquareQError as error:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
+    used = {task.bucket for task in tasks if task.bucket is not None}
     small = sum(crop_to(p.size, nearest_bucket(p.size, buckets)).resized[0] > p.size[0] for p in pictures)
     console.print(
-        f"{len(pictures)} pictures in {len({t.bucket for t in tasks if t.bucket})} buckets; {len(missing)} files made, "
-        f"{len(tasks) - len(missing)} were there, {removed} removed"
-        + (f"; {small} pictures are smaller than their bucket and were enlarged" if small else "")
+        f"{len(pictures)} pictures in {len(used)} buckets; {len(missing)} files made, {len(tasks) - len(missing)} were there, "
+        f"{removed} removed; {small} pictures are smaller than their bucket and were enlarged",
+        soft_wrap=True,
     )
 
 

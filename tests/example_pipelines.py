@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from transformers import (
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts; what lies beside them is not installed
+cache_latents, train_lora = importlib.import_module("cache_latents"), importlib.import_module("train_lora")
 
-__all__ = ["EXAMPLES", "SCALE", "WORDS", "save_pictures", "save_pipeline"]
+__all__ = ["EXAMPLES", "SCALE", "WORDS", "cache_latents", "save_pictures", "save_pipeline", "train_lora"]
 
 SCALE = 2
 """Pixels a latent."""
