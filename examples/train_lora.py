@@ -35,6 +35,8 @@ from rich.markup import escape
 import squareq_fx
 from squareq_fx.checkpoint import load_checkpoint, save_checkpoint
 from squareq_fx.errors import SquareQError
+from squareq_fx.families import family_inputs
+from squareq_fx.slab.paths import SlabPaths
 
 console = Console()
 
@@ -99,12 +101,14 @@ def train(settings: Settings) -> None:
 
 def compile_model(settings: Settings, plan: Plan) -> Any:
     """The model with trainable adapters; the slab is built if it is missing, which `prepare` has asked about."""
-    slab = settings.slab
-    if not slab.with_name(slab.name + ".safetensors").is_file():
-        squareq_fx.build_slab(settings.pipeline / plan.family.backbone, slab)
+    if not SlabPaths.of(settings.slab).data.is_file():
+        squareq_fx.build_slab(settings.pipeline / plan.family.backbone, settings.slab)
+    model = plan.family.skeleton(settings.pipeline, getattr(torch, settings.dtype))
+    inputs = family_inputs(model)  # in the model's dtype; those that the slab recorded have that of the stored weights
     return squareq_fx.compile(
-        plan.family.skeleton(settings.pipeline, getattr(torch, settings.dtype)),
-        slab,
+        model,
+        settings.slab,
+        example_inputs=None if inputs is None else inputs.kwargs,
         lora=plan.lora,
         device=settings.device,
         backing=settings.backing,

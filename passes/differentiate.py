@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Mapping
@@ -21,12 +22,15 @@ from squareq_fx.ir import (
     clone,
     functions,
     info,
+    model_source,
     operation_name,
     program,
     set_info,
     update_program,
 )
+from squareq_fx.liveness import shared_storage
 from squareq_fx.pullback import Pullback, recomputing, saving
+from squareq_fx.specs import spec
 from squareq_fx.vjp import trace_vjp
 
 __all__ = ["Differentiate", "Save"]
@@ -97,9 +101,11 @@ class _Backward:
         self.active = active_values(gm, self.seeds.values())
         self.adjoint: dict[fx.Node, fx.Node] = {}
         self.pullbacks: dict[tuple[Any, ...], _Named] = {}
+        self.last: fx.Node | None = None  # the call before, in the backward's order
 
     def build(self) -> fx.GraphModule:
         self._enclose()
+        self.roots, self.copies = shared_storage(self.gm), dict[fx.Node, fx.Node]()
         output = next(n for n in self.gm.graph.nodes if n.op == "output")
         calls = [n for n in self.gm.graph.nodes if n.op == "call_module" and n in self.active]
         with self.gm.graph.inserting_before(output):
@@ -172,15 +178,31 @@ class _Backward:
         pullback = self._pullback(str(node.target), wrt, reached, mode != "recompute")
         cotangents = [self.adjoint[values[i]] for i in reached]
         saved = self._save(node, pullback, mode) if pullback.forward is not None else []
-        inputs = [*(arguments[i] for i in pullback.parts.inputs), *saved, *cotangents]
+        inputs = [*(self._lasting(arguments[i]) for i in pullback.parts.inputs), *saved, *cotangents]
         of = [arguments[wrt[i]] for i in pullback.parts.gradients]
         names = [f"d_{a.name}" for a in of]  # type: ignore[union-attr]
         vjp, gradients = call_function(
             self.gm, pullback.backward, inputs, like=node, made_by=NAME, name=f"{node.name}_vjp", results=names
         )
-        set_info(vjp, key=info(node).key)
+        self.last = set_info(vjp, key=info(node).key)
         for argument, gradient in zip(of, gradients):
             self._accumulate(argument, gradient)  # type: ignore[arg-type]
+
+    def _lasting(self, argument: Any) -> Any:
+        """A value for the backward to read. A view that a block hands on of its weights is gone by then, so it gets a copy."""
+        roots = self.roots.get(argument, frozenset()) - {argument}
+        if not any(root.op == "placeholder" and info(root).kind == "weight" for root in roots):
+            return argument
+        if argument not in self.copies:
+            with self.gm.graph.inserting_after(argument):
+                clone_, name = torch.ops.aten.clone.default, f"{argument.name}_copy"
+                self.copies[argument] = call(self.gm.graph, clone_, (argument,), like=argument, made_by=NAME, name=name)
+            if spec(self.copies[argument].meta["val"]) != spec(argument.meta["val"]):
+                raise PassError(
+                    f"{argument.name} is a view of weights with strides no copy has, and the backward needs it after these are "
+                    f"evicted; call .contiguous() on it in the model.\n  model source: {model_source(argument)}"
+                )
+        return self.copies[argument]
 
     def _pullback(self, name: str, wrt: tuple[int, ...], reached: tuple[int, ...], save: bool) -> _Named:
         """Made once for each function, pattern of activity and mode."""
@@ -208,18 +230,21 @@ class _Backward:
             set_info(found[i], arguments=info(value).arguments)
             value.replace_all_uses_with(found[i])
             self.adjoint[found[i]] = self.adjoint.pop(value, self.adjoint.get(found[i]))  # type: ignore[assignment]
-        for value in (*values.values(), node):
+        for value in dict.fromkeys((*values.values(), node)):
             if not value.users:
                 self.gm.graph.erase_node(value)
-        saved = found[count:]
-        return [self._offloaded(node, new, s) for s in saved] if mode == "offload" else saved
+        return self._offloaded(found[count:]) if mode == "offload" else found[count:]
 
-    def _offloaded(self, node: fx.Node, after: fx.Node, saved: fx.Node) -> fx.Node:
-        """To host memory where it is made, and back where it is read."""
-        with self.gm.graph.inserting_after(saved):
-            away = call(self.gm.graph, ops.offload, (saved,), like=saved, made_by=NAME, name=f"{saved.name}_host")
-        device = program(self.gm).device
-        return call(self.gm.graph, ops.fetch, (away, device), like=saved, made_by=NAME, name=f"{saved.name}_back")
+    def _offloaded(self, saved: list[fx.Node]) -> list[fx.Node]:
+        """To host memory where it is made, and back while the call before the one that reads it runs."""
+        device, back = program(self.gm).device, []
+        for value in saved:
+            with self.gm.graph.inserting_after(value):
+                host = call(self.gm.graph, ops.offload, (value,), like=value, made_by=NAME, name=f"{value.name}_host")
+            with self.gm.graph.inserting_before(self.last) if self.last is not None else contextlib.nullcontext():
+                fetch = call(self.gm.graph, ops.fetch, (host, device), like=value, made_by=NAME, name=f"{value.name}_fetch")
+            back.append(call(self.gm.graph, ops.arrived, (fetch,), like=value, made_by=NAME, name=f"{value.name}_back"))
+        return back
 
 
 @dataclass(frozen=True)

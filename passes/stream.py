@@ -31,8 +31,8 @@ class Stream:
     `segment_layout`'s, which is that of a block in the slab file, so a block is one copy.
 
     Args:
-        hold: a segment stays between two calls that read it when fewer than `hold` other segments are read in between, so that
-            at most `hold` are held at a time; 1 holds it only if none is. So the blocks that end the forward are not loaded
+        hold: a segment stays between two calls that read it when fewer than `hold` other segments are read in between, as long
+            as that holds at most `hold` at a time; 1 holds it only if none is. So the blocks that end the forward are not loaded
             again for the backward, which begins with them.
 
     Requires: an outlined graph.   Preserves: signature, every value bit for bit.
@@ -49,13 +49,19 @@ class Stream:
     changes_inputs = True
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm = clone(gm)
         if program(gm).level >= Level.STREAMED:
-            return gm
+            return clone(gm)
+        for hold in range(self.hold, 1, -1):
+            streamed = self._stream(clone(gm), hold)
+            if _most_held(streamed) <= hold:  # more where a function returns views of its weights
+                return streamed
+        return self._stream(clone(gm), 1)
+
+    def _stream(self, gm: fx.GraphModule, hold: int) -> fx.GraphModule:
         calls = [n for n in gm.graph.nodes if n.op == "call_module" and _weights(n)]
         layouts: dict[str, tuple[int, ...]] = {}
         segments: dict[str, tuple[Packed, ...]] = {}
-        held = _held([str(info(n).key) for n in calls], self.hold)
+        held = _held([str(info(n).key) for n in calls], hold)
         loads: dict[str, fx.Node] = {}
         visits: dict[str, int] = {}
         for node, stays in zip(calls, held):
@@ -104,6 +110,15 @@ def _held(segments: list[str], hold: int) -> list[bool]:
         held.append(between is not None and len(between) < hold)
         last[segment] = i
     return held
+
+
+def _most_held(gm: fx.GraphModule) -> int:
+    """How many segments are loaded at a time, at most."""
+    count = most = 0
+    for node in gm.graph.nodes:
+        count += (node.target is ops.load) - (node.target is ops.evict)
+        most = max(most, count)
+    return most
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from squareq_fx.errors import (
     SquareQError,
     VerificationError,
 )
+from squareq_fx.functional import value_and_grad
 from squareq_fx.inlining import inline
 from squareq_fx.lora import Lora
 from squareq_fx.passes import default_passes, insert_after
@@ -49,4 +50,5 @@ __all__ = [
     "open_slab",
     "run",
     "show",
+    "value_and_grad",
 ]

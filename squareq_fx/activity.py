@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 
 from squareq_fx.ir import functions
 
-__all__ = ["active_outputs", "active_values", "is_valueless", "output_nodes"]
+__all__ = ["active_outputs", "active_values", "is_valueless", "output_nodes", "value_arguments"]
 
 _VALUELESS = {
     *("empty", "full", "zeros", "ones", "rand", "randn", "scalar_tensor", "arange", "sym_size", "sym_numel", "detach"),
     *("empty_like", "full_like", "zeros_like", "ones_like", "rand_like", "randn_like"),
     *("new_empty", "new_full", "new_zeros", "new_ones", "new_empty_strided", "empty_strided"),
 }
+_COPY = torch.ops.aten.copy.default
 
 
 def is_valueless(node: fx.Node) -> bool:
@@ -27,12 +28,17 @@ def is_valueless(node: fx.Node) -> bool:
     return name is not None and name.name.removeprefix("aten::") in _VALUELESS
 
 
+def value_arguments(node: fx.Node) -> list[fx.Node]:
+    """What the operation reads the values of: all its arguments, but not what `copy` (a write, made functional) overwrites."""
+    return [a for a in node.args[1:2] if isinstance(a, fx.Node)] if node.target is _COPY else node.all_input_nodes
+
+
 def active_values(gm: fx.GraphModule, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes whose floating point value depends on that of `seeds`, these included; calls of functions are looked into."""
     active = set(seeds)
     outputs: dict[fx.Node, tuple[bool, ...]] = {}
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output") or not any(a in active for a in node.all_input_nodes):
+        if node.op in ("placeholder", "output") or not any(a in active for a in value_arguments(node)):
             continue
         if node.op == "call_module":
             flags = active_outputs(functions(gm)[str(node.target)], tuple(a in active for a in node.args))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,12 +44,17 @@ class AdapterMethods:
         self._adapters.create(adapter_name, lora)
 
     def load_lora_adapter(
-        self, source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapter, adapter_name: str | None = None
+        self,
+        source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Adapter,
+        adapter_name: str | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
     ) -> str:
         """An adapter from a diffusers, PEFT or Kohya file, a state dict, or its values; it becomes the only active one.
 
         Args:
             adapter_name: default: `default_<n>`.
+            config: of a state dict: PEFT's `LoraConfig` as a dict; without it alpha = rank.
 
         Returns:
             its name.
@@ -59,7 +65,7 @@ class AdapterMethods:
         """
         name = adapter_name or f"default_{len(self._adapters.names)}"
         bank = self._adapters
-        bank.load(name, source if isinstance(source, Adapter) else read_adapter(source, self._linear_sizes()))
+        bank.load(name, source if isinstance(source, Adapter) else read_adapter(source, self._linear_sizes(), config=config))
         return name
 
     def save_lora_adapter(
@@ -71,7 +77,13 @@ class AdapterMethods:
             RuntimeStateError: there is no adapter of that name.
             AdapterError: an unknown format.
         """
-        return write_adapter(self.get_adapter(adapter_name), save_directory, format, self._component)  # type: ignore[arg-type]
+        return write_adapter(
+            self.get_adapter(adapter_name),
+            save_directory,
+            format,  # type: ignore[arg-type]
+            self._component,  # type: ignore[arg-type]
+            layers=self._linear_sizes(),
+        )
 
     def get_adapter(self, adapter_name: str = "default") -> Adapter:
         """An adapter's values, copies on the CPU. Raises RuntimeStateError if there is none of that name."""

@@ -62,6 +62,13 @@ class Binding:
             return output
         return output.to_tuple() if hasattr(output, "to_tuple") else output
 
+    def concrete(self, val: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """The sizes that a value of the graph has in a call with these inputs."""
+        symbols: dict[str, int] = {}
+        for path, value in zip(self.call.input_paths, tensors):
+            self._bind_sizes(path, value, symbols)
+        return tuple(_evaluate(_expression(size), symbols) for size in val.shape)
+
     def _check_literals(self, given: Mapping[str, Any]) -> None:
         for path, value in given.items():
             if path in self._vals:

@@ -16,7 +16,7 @@ from squareq_fx import ops
 from squareq_fx.errors import PassError
 from squareq_fx.specs import spec
 
-__all__ = ["empty", "infer", "new_size"]
+__all__ = ["empty", "infer", "mode_of", "new_size"]
 
 
 _MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -36,7 +36,7 @@ def infer(target: Callable[..., Any], args: Any, kwargs: Any, mode: Any = None) 
     """
     nodes: list[fx.Node] = []
     map_arg((args, kwargs), nodes.append)
-    modes = [found for node in nodes if (found := _mode(node.meta.get("val"))) is not None]
+    modes = [found for node in nodes if (found := mode_of(node.meta.get("val"))) is not None]
     modes += [mode] if mode is not None else []
     if not modes:
         return _run(target, args, kwargs, modes)
@@ -103,7 +103,8 @@ def empty(mode: Any, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.d
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _mode(val: Any) -> Any:
+def mode_of(val: Any) -> Any:
+    """The `FakeTensorMode` a `val` lives in; None for a value that is no tensor."""
     for leaf in val if isinstance(val, tuple | list) else (val,):
         if hasattr(leaf, "fake_mode"):
             return leaf.fake_mode

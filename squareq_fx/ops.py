@@ -9,6 +9,9 @@
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
 | `keep(weights, block, visit)` | an `evict` after which the next step may load the same bytes without a copy |
 | `prefetch(block, *, visit, nbytes, offset)` | start the copy that a later `load` of the same block and visit will wait for |
+| `offload(x)` | a copy of an activation in pinned host memory, on its way while the device goes on |
+| `fetch(host, device)` | the way back, started ahead of its use |
+| `arrived(x)` | what `fetch` gave, ready to be read |
 | `unpack(weights, offset, size, dtype)` | a view into the flat buffer, one weight of the block |
 | `argument(x, module, name)` | while tracing only: `x` is what the module calls `name`; `capture` turns it into a record |
 
@@ -31,24 +34,30 @@ __all__ = [
     "RuntimeProtocol",
     "activate",
     "argument",
+    "arrived",
     "cotangent",
     "evict",
+    "fetch",
     "int8_linear",
     "int8_linear_dx",
     "keep",
     "load",
+    "offload",
     "prefetch",
     "unpack",
 ]
 
 
 class RuntimeProtocol(Protocol):
-    """What `load`, `evict` and `prefetch` need of a runtime."""
+    """What the operations that move memory need of a runtime."""
 
     def load(self, block: str, visit: int, nbytes: int, offset: int | None) -> torch.Tensor: ...
     def evict(self, weights: torch.Tensor, block: str, visit: int) -> None: ...
     def keep(self, weights: torch.Tensor, block: str, visit: int) -> None: ...
     def prefetch(self, block: str, visit: int, nbytes: int, offset: int | None) -> None: ...
+    def offload(self, x: torch.Tensor) -> torch.Tensor: ...
+    def fetch(self, host: torch.Tensor) -> torch.Tensor: ...
+    def arrived(self, x: torch.Tensor) -> None: ...
 
 
 _ACTIVE: ContextVar[RuntimeProtocol | None] = ContextVar("squareq_fx_runtime", default=None)
@@ -89,6 +98,9 @@ _LIBRARY.define("load(str block, *, int visit, int nbytes, int? offset=None, Dev
 _LIBRARY.define("evict(Tensor weights, str block, int visit) -> ()")
 _LIBRARY.define("prefetch(str block, *, int visit, int nbytes, int? offset=None) -> ()")
 _LIBRARY.define("argument(Tensor x, str module, str name) -> ()")
+_LIBRARY.define("offload(Tensor x) -> Tensor")
+_LIBRARY.define("fetch(Tensor host, Device device) -> Tensor")
+_LIBRARY.define("arrived(Tensor(a) x) -> Tensor(a)")
 _LIBRARY.define("unpack(Tensor(a) weights, int offset, int[] size, ScalarType dtype) -> Tensor(a)")
 
 
@@ -154,6 +166,30 @@ def _prefetch_kernel(block: str, *, visit: int, nbytes: int, offset: int | None 
     _runtime("prefetch", block).prefetch(block, visit, nbytes, offset)
 
 
+# Without a runtime these are plain copies: they mean the same, and wait.
+
+
+def _offload_kernel(x: torch.Tensor) -> torch.Tensor:
+    runtime = _ACTIVE.get()
+    return _copied_like(x, torch.device("cpu")) if runtime is None else runtime.offload(x)
+
+
+def _fetch_kernel(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    runtime = _ACTIVE.get()
+    return _copied_like(host, device) if runtime is None else runtime.fetch(host)
+
+
+def _arrived_kernel(x: torch.Tensor) -> torch.Tensor:
+    runtime = _ACTIVE.get()
+    if runtime is not None:
+        runtime.arrived(x)
+    return x.view(x.shape)
+
+
+def _copied_like(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
 def _unpack_kernel(weights: torch.Tensor, offset: int, size: list[int], dtype: torch.dtype) -> torch.Tensor:
     nbytes = dtype.itemsize
     for extent in size:
@@ -175,6 +211,9 @@ _LIBRARY.impl("keep", _keep_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("load", _load_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("evict", _evict_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("prefetch", _prefetch_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("offload", _offload_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("fetch", _fetch_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("arrived", _arrived_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("unpack", _unpack_kernel, "CompositeImplicitAutograd")
 
 
@@ -233,6 +272,21 @@ def _prefetch_fake(block: str, *, visit: int, nbytes: int, offset: int | None = 
     return None
 
 
+@torch.library.register_fake("squareq::offload", lib=_LIBRARY)
+def _offload_fake(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+
+
+@torch.library.register_fake("squareq::fetch", lib=_LIBRARY)
+def _fetch_fake(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=device)
+
+
+@torch.library.register_fake("squareq::arrived", lib=_LIBRARY)
+def _arrived_fake(x: torch.Tensor) -> torch.Tensor:
+    return x.view(x.shape)
+
+
 @torch.library.register_fake("squareq::argument", lib=_LIBRARY)
 def _argument_fake(x: torch.Tensor, module: str, name: str) -> None:
     return None
@@ -246,6 +300,9 @@ keep = torch.ops.squareq.keep.default
 load = torch.ops.squareq.load.default
 evict = torch.ops.squareq.evict.default
 prefetch = torch.ops.squareq.prefetch.default
+offload = torch.ops.squareq.offload.default
+fetch = torch.ops.squareq.fetch.default
+arrived = torch.ops.squareq.arrived.default
 unpack = torch.ops.squareq.unpack.default
 
 # Dead-code elimination would delete nodes that nothing uses, and two loads would look like one.

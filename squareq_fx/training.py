@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
+from squareq_fx.activity import output_nodes
 from squareq_fx.adapters.packing import Branch, unpack_gradients
 from squareq_fx.halves import Halves, halves
 from squareq_fx.ir import info, program
@@ -29,6 +30,7 @@ class Training:
     """
 
     def __init__(self, gm: fx.GraphModule, run: Run, weights: Callable[[str], torch.Tensor]) -> None:
+        self.whole = gm
         self.halves: Halves = halves(gm)
         self.gradients = program(gm).gradients
         self._run = run
@@ -37,8 +39,8 @@ class Training:
         self._order = [(record.kind, str(record.key)) for record in placeholders]
         self.inputs = [key for kind, key in self._order if kind == "input"]
         self.adapters = [key for kind, key in self._order if kind == "adapter"]
-        count = len(next(n for n in self.halves.forward.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
-        self.outputs = count - len(self.halves.saved)
+        returned = output_nodes(self.halves.forward)
+        self.output_values = [n.meta["val"] for n in returned[: len(returned) - len(self.halves.saved)]]
         results = [n.meta["val"] for n in self.halves.backward.graph.nodes if n.op == "placeholder"][-len(self.halves.outputs) :]
         self._cotangent_types = [val.dtype for val in results]
 
@@ -57,8 +59,8 @@ class Training:
 
     def forward(self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> tuple[list[Any], list[Any]]:
         """The model's outputs and what the backward wants."""
-        results = list(self._run(self.halves.forward, self._arguments(inputs, packed)))
-        return results[: self.outputs], results[self.outputs :]
+        results = list(self._run(self.halves.forward, self.arguments(inputs, packed)))
+        return results[: len(self.output_values)], results[len(self.output_values) :]
 
     def backward(
         self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor], saved: Sequence[Any], cotangents: Sequence[Any]
@@ -67,10 +69,11 @@ class Training:
         given = [
             cotangents[i].to(dtype).contiguous() for i, dtype in zip(self.halves.outputs, self._cotangent_types)
         ]
-        found = self._run(self.halves.backward, [*self._arguments(inputs, packed), *saved, *given])
+        found = self._run(self.halves.backward, [*self.arguments(inputs, packed), *saved, *given])
         return dict(zip(self.gradients, found))
 
-    def _arguments(self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def arguments(self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The whole graph's inputs, in order: the call's tensors, resident weights, adapters."""
         sources = {"input": iter(inputs), "adapter": iter(packed)}
         return [next(sources[kind]) if kind in sources else self._weights(key) for kind, key in self._order]
 

@@ -21,13 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from squareq_fx import ops
-from squareq_fx.activity import is_valueless, output_nodes
+from squareq_fx.activity import is_valueless, output_nodes, value_arguments
 from squareq_fx.errors import PassError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, identifier, info, model_source, operation_name, set_info
 from squareq_fx.liveness import aliased_arguments
 
-__all__ = ["Traced", "trace_vjp"]
+__all__ = ["Traced", "fresh", "gradients_of", "trace_vjp", "tracing"]
 
 # cuDNN's attention is left out: its backward dies with an illegal memory access on the transposed layouts diffusers makes.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -68,7 +68,7 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
     mode = fake_mode(function)
     with mode, torch.no_grad():
         # The tracer tells tensors apart by identity, and equal types share one `val`.
-        arguments = [_fresh(n.meta["val"]) for n in placeholders]
+        arguments = [fresh(n.meta["val"]) for n in placeholders]
         tangents = [torch.empty_like(results[i].meta["val"], memory_format=torch.contiguous_format) for i in outputs]
 
     def joint(*flat: Any) -> tuple[list[Any], list[Any]]:
@@ -78,16 +78,17 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
         with torch.enable_grad():
             values = _Recording(function, sources).run(*given)
             values = [values] if isinstance(values, torch.Tensor) else list(values)
-            gradients = _gradients([values[i] for i in outputs], [given[i] for i in wrt], cotangents)
+            gradients = gradients_of([values[i] for i in outputs], [given[i] for i in wrt], cotangents)
         return values, list(gradients)
 
-    with _tracing(mode):
+    with tracing(mode):
         trace = make_fx(joint, _decompositions(tangents[0].device), tracing_mode="real", _allow_non_fake_inputs=True)
         traced = trace(*arguments, *tangents)
     return _cleaned(traced, function, len(arguments), len(results), made_by, sources)
 
 
-def _gradients(outputs: list[Any], inputs: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+def gradients_of(outputs: list[Any], inputs: list[Any], cotangents: list[Any] | None) -> tuple[Any, ...]:
+    """`torch.autograd.grad`, None where there is no dependence; PassError if torch has no derivative for an operation."""
     try:
         return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
@@ -98,7 +99,8 @@ def _gradients(outputs: list[Any], inputs: list[Any], cotangents: list[Any]) -> 
         ) from error
 
 
-def _fresh(val: Any) -> Any:
+def fresh(val: Any) -> Any:
+    """A tensor of the type of `val` that no other value is."""
     if not isinstance(val, torch.Tensor):
         return val
     return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
@@ -111,7 +113,7 @@ def _decompositions(device: torch.device) -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def _tracing(mode: Any) -> Iterator[None]:
+def tracing(mode: Any) -> Iterator[None]:
     """Sizes stay symbols, no condition is put on them, and the backward runs on this thread, where the tracer sees it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
@@ -142,6 +144,7 @@ class _Recording(fx.Interpreter):
 
     def __init__(self, function: fx.GraphModule, sources: list[fx.Node]) -> None:
         super().__init__(function)
+        self.extra_traceback = False  # it would be appended to our own errors
         self._index = {node: i for i, node in enumerate(sources)}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -166,7 +169,7 @@ class _Recording(fx.Interpreter):
     def _check(self, node: fx.Node, results: list[torch.Tensor]) -> None:
         if is_valueless(node) or any(t.requires_grad for t in results):
             return
-        reads = [self.env[a] for a in node.all_input_nodes]
+        reads = [self.env[a] for a in value_arguments(node)]
         needs = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(reads))
         if needs and any(t.is_floating_point() for t in results):
             raise PassError(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backbones import FAMILIES
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from models import seeded
 from PIL import Image
@@ -67,7 +68,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         text_encoder_2=_clip(CLIPTextModelWithProjection, 12, 20),
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_clip_tokenizer(),
-        unet=FAMILIES["sdxl"][0](),
+        unet=_unet(),
         scheduler=scheduler,
     )
 
@@ -80,8 +81,39 @@ def _flux() -> FluxPipeline:
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
-        transformer=FAMILIES["flux"][0](),
+        transformer=_transformer(),
     )
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    ).eval()
+
+
+def _transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
 
 
 def _vae(channels: int, **config: Any) -> AutoencoderKL:

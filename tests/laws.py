@@ -6,7 +6,7 @@ trusts nothing of `squareq_fx.verify` or `squareq_fx.liveness`), inlining (`norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -68,22 +68,26 @@ def _assert_closed(transform: Pass, before: fx.GraphModule, after: fx.GraphModul
 
     assert keys(before, "input") == keys(after, "input")
     assert len(set(keys(after, "weight"))) == len(keys(after, "weight"))
+    assert len(set(keys(after, "adapter"))) == len(keys(after, "adapter"))
     if not getattr(transform, "changes_inputs", False):
         assert keys(before, "weight") == keys(after, "weight")
+        assert keys(before, "adapter") == keys(after, "adapter")
     assert program(after).call is program(before).call
     loads = {n for n in after.graph.nodes if n.target is ops.load}
     evicted = [n.args[0] for n in after.graph.nodes if n.target is ops.evict]
     assert len(evicted) == len(loads) and set(evicted) == loads, "an orphan load"
     for gm in (after, *functions(after).values()):
         for node in gm.graph.nodes:
-            if node.op == "placeholder" and info(node).kind == "weight" and gm is after:
-                assert node.users, f"weight {node.name} is read by nothing"
+            if node.op == "placeholder" and info(node).kind in ("weight", "adapter") and gm is after:
+                assert node.users, f"{info(node).kind} {node.name} is read by nothing"
 
 
 def text(gm: fx.GraphModule) -> str:
     """Everything a graph says: nodes, types, records, functions, segments. Equal text, equal graph."""
     record = program(gm) if "squareq" in gm.meta else None
-    lines = [f"{record.level!r} {record.arena_bytes} {record.segments}"] if record else []
+    lines = []
+    if record:
+        lines = [f"{record.level!r} {record.arena_bytes} {record.segments} {record.lora} {record.gradients}", *record.notes]
     lines += [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {spec(n.meta.get('val'))} {info(n)}" for n in gm.graph.nodes]
     for name, child in sorted(functions(gm).items()):
         lines += [f"function {name}", text(child)]
@@ -119,9 +123,13 @@ def eager(model: nn.Module, call: Mapping[str, Any] | tuple[Any, ...]) -> list[t
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    """Equal bit for bit, in types and sizes too."""
-    return [(t.dtype, t.shape, bits(t)) for t in found] == [(t.dtype, t.shape, bits(t)) for t in expected]
+def same(found: Sequence[Any], expected: Sequence[Any]) -> bool:
+    """Equal bit for bit, in types and sizes too; what is no tensor is a size."""
+
+    def exact(value: Any) -> Any:
+        return (value.dtype, value.shape, bits(value)) if isinstance(value, torch.Tensor) else value
+
+    return list(map(exact, found)) == list(map(exact, expected))
 
 
 def l2(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -162,11 +170,15 @@ class Replay:
     read only while all of these live. Evicted bytes are overwritten.
 
     Args:
+        given: values of the inputs that are neither the call's nor weights: adapters by key, what crosses into a half by name.
+        cotangents: the loss's gradient by each of the model's outputs, for a graph with a backward.
         observe: called with each `call_function` node, its arguments and its result.
     """
 
     gm: fx.GraphModule
     staged: Staged
+    given: Mapping[str, Any] = field(default_factory=dict)
+    cotangents: Sequence[torch.Tensor] = ()
     observe: Callable[[fx.Node, Any, Any], None] | None = None
     peak: int = 0
     _claims: list[_Claim] = field(default_factory=list)
@@ -177,13 +189,10 @@ class Replay:
         values = WeightValues(self.staged.model, self.staged.slab, record.constants)
         self._bytes = {name: _flat(values, packed) for name, packed in record.segments.items()}
         self._arena = torch.full((record.arena_bytes,), _POISON, dtype=torch.uint8)
-        given = flatten_call(call)
-        arguments = []
-        for node in (n for n in self.gm.graph.nodes if n.op == "placeholder"):
-            key, val = str(info(node).key), node.meta["val"]
-            arguments.append(given[key].to(val.dtype) if info(node).kind == "input" else values.tensor(key, val.dtype))
+        arguments = _arguments(self.gm, values, call, self.given)
         with torch.no_grad():
-            results = [t.clone() for t in self._graph(self.gm, arguments, [[] for _ in arguments])]
+            results = self._graph(self.gm, arguments, [[] for _ in arguments])
+            results = [t.clone() if isinstance(t, torch.Tensor) else t for t in results]
         for claim in self._claims:
             assert claim.loaded, f"{claim.key} was prefetched and never loaded"
             assert not claim.live, f"{claim.key} was never evicted"
@@ -215,9 +224,13 @@ class Replay:
             return None
         if node.target is ops.load:
             return self._load((args[0], kwargs["visit"]), kwargs["nbytes"], kwargs["offset"])
-        if node.target is ops.evict:
+        if node.target in (ops.evict, ops.keep):
             self._evict(args[0], (args[1], args[2]))
             return None
+        if node.target is ops.cotangent:
+            output, index = args
+            assert self.cotangents[index].shape == output.shape and self.cotangents[index].dtype == output.dtype
+            return self.cotangents[index].clone()
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         if self.observe is not None:
             self.observe(node, args, result)
@@ -280,6 +293,22 @@ def _flat(values: WeightValues, packed: Any) -> torch.Tensor:
     return flat
 
 
+def _arguments(gm: fx.GraphModule, values: WeightValues, call: Mapping[str, Any], given: Mapping[str, Any]) -> list[Any]:
+    """What each input of the graph is called with, in their order."""
+    inputs = flatten_call(call)
+    found: list[Any] = []
+    for node in (n for n in gm.graph.nodes if n.op == "placeholder"):
+        record, val = info(node), node.meta["val"]
+        key = str(record.key)
+        if record.kind == "weight":
+            found.append(values.tensor(key, val.dtype))
+        elif record.kind == "adapter" or record.made_by == "halves":
+            found.append(given[key])
+        else:
+            found.append(inputs[key].to(val.dtype))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ print = exec
 
 
@@ -295,22 +324,19 @@ class _FreshBuffers:
     def evict(self, weights: torch.Tensor, block: str, visit: int) -> None:
         weights.fill_(_POISON)
 
+    keep = evict
+
     def prefetch(self, block: str, visit: int, nbytes: int, offset: int | None) -> None:
         assert block in self._content
 
 
-def printed(gm: fx.GraphModule, staged: Staged, call: Mapping[str, Any]) -> list[torch.Tensor]:
+def printed(
+    gm: fx.GraphModule, staged: Staged, call: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> list[torch.Tensor]:
     """The graph's outputs from the text it prints as: its code and that of its functions, compiled anew."""
     record = program(gm)
     values = WeightValues(staged.model, staged.slab, record.constants)
-    given = flatten_call(call)
-    arguments = [
-        given[str(info(n).key)].to(n.meta["val"].dtype)
-        if info(n).kind == "input"
-        else values.tensor(str(info(n).key), n.meta["val"].dtype)
-        for n in gm.graph.nodes
-        if n.op == "placeholder"
-    ]
+    arguments = _arguments(gm, values, call, given or {})
     content = {name: _flat(values, packed) for name, packed in record.segments.items()}
     with ops.activate(_FreshBuffers(content)), torch.no_grad():
         return list(_recompiled(gm)(*arguments))

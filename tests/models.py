@@ -25,6 +25,8 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx.ir import program
 from squareq_fx.kernels.reference import dequantize
+from squareq_fx.lora import Lora
+from squareq_fx.passes import Save
 from squareq_fx.slab import Slab
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "seeded",
     "specs",
     "staged",
+    "training",
 ]
 
 FEATURES, CONTEXT, CLASSES = 7, 6, 11
@@ -523,6 +526,22 @@ def make_staged(model: nn.Module, example_inputs: Any = None, until: str | None 
 @functools.cache
 def staged(spec: Spec) -> Staged:
     return make_staged(spec.build(), spec.inputs())
+
+
+@functools.cache
+def training(spec: Spec, save: Save = "recompute", inputs: tuple[str, ...] = ("x", "context"), **options: Any) -> Staged:
+    """`staged`, with adapters on every Linear layer and the backward.
+
+    Args:
+        save, inputs: of `Differentiate`.
+        options: of `Lora` and of `default_passes`.
+    """
+    models = staged(spec)
+    lora = Lora(**{"rank": 3, "targets": "all", **{k: options.pop(k) for k in list(options) if hasattr(Lora(), k)}})
+    passes = squareq_fx.default_passes(models.slab, lora=lora, save=save, inputs=inputs, **{"slots": 4, **options})
+    final = squareq_fx.run(models.graphs["capture"], passes)
+    graphs = {stage.name: stage.graph for stage in program(final).history}
+    return Staged(models.model, models.slab, graphs, models.dequantized)
 
 
 def dequantized(model: nn.Module, slab: Slab) -> nn.Module:

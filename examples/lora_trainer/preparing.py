@@ -21,6 +21,7 @@ from lora_trainer.settings import Settings, check_same_run
 from squareq_fx.checkpoint import latest_checkpoint
 from squareq_fx.errors import SquareQError
 from squareq_fx.lora import Lora
+from squareq_fx.slab.paths import SlabPaths
 
 __all__ = ["Plan", "prepare"]
 
@@ -98,7 +99,7 @@ def _device(settings: Settings) -> Iterator[str]:
 
 
 def _slab(settings: Settings) -> Iterator[str]:
-    if not settings.build_slab and not settings.slab.with_name(settings.slab.name + ".safetensors").is_file():
+    if not settings.build_slab and not SlabPaths.of(settings.slab).data.is_file():
         yield f"the slab {settings.slab} is not there: give --build-slab to build it from the pipeline, which is done once"
 
 

@@ -106,7 +106,8 @@ class AdapterBank:
                 problems.append(f"{layer}: no branch was compiled there{f' (near: {near[0]})' if near else ''}")
             elif (value.up.shape[0], value.down.shape[1]) != (slot.out_features, slot.in_features):
                 found = f"[{value.up.shape[0]}, {value.down.shape[1]}]"
-                problems.append(f"{layer}: the adapter is for {found}, the layer is [{slot.out_features}, {slot.in_features}]")
+                wanted = f"[{slot.out_features}, {slot.in_features}]"
+                problems.append(f"{layer}: the adapter is for {found}, the layer is {wanted}")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise RuntimeStateError(
@@ -180,6 +181,15 @@ class AdapterBank:
         """
         values = values if values is not None else self.parameters()
         return [Branch(slot, tuple(self._parts(slot.layer, values))) for slot in self.slots.values()]
+
+    def part_names(self) -> list[tuple[str, str]]:
+        """The names of A and B of every part of every branch, in order."""
+        return [
+            (f"{layer}.lora_A.{name}.weight", f"{layer}.lora_B.{name}.weight")
+            for layer in self.slots
+            for name in self.active
+            if layer in self._adapters[name]
+        ]
 
     def packed(self) -> list[torch.Tensor]:
         """The graph's adapter inputs; made again only when a master, or which of them count, has changed."""

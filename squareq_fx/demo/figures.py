@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from squareq_fx.demo.drawing import BLUE, GREEN, INK, MUTED, ORANGE, VIOLET, frame_grid, show_grid, styled, to_svg
 from squareq_fx.demo.sampling import to_grid
 from squareq_fx.demo.timeline import Timeline
 
@@ -24,30 +21,6 @@ __all__ = [
     "stages_figure",
     "timeline_figure",
 ]
-
-INK, MUTED, FAINT = "#1f2933", "#616e7c", "#e4e7eb"
-BLUE, ORANGE, GREEN, VIOLET = "#2563eb", "#ea8a1f", "#0f9d76", "#7c4dbd"
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text, and the page's own font applies to it
-    "svg.hashsalt": "squareq_fx",  # the same data gives the same file
-}
 
 
 @dataclass(frozen=True)
@@ -65,28 +38,21 @@ def digits_figure(float_samples: torch.Tensor, int8_samples: torch.Tensor) -> st
     difference = to_grid(int8_samples - float_samples).numpy()
     reach = max(abs(difference).max(), 1e-6)
     drawn_by = (("Float", float_samples), ("INT8, streamed", int8_samples))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11.5, 4.45), layout="constrained")
+    with styled(11.5, 4.45) as figure:
         left, middle, right = figure.subplots(1, 3)
         for axes, (title, samples) in zip((left, middle), drawn_by):
-            axes.imshow(to_grid(samples).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            show_grid(axes, samples, labelled=axes is left)
             axes.set_title(title)
         drawn = right.imshow(difference, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+        frame_grid(right, labelled=False)
         right.set_title("Difference, INT8 minus float")
         figure.colorbar(drawn, ax=right, label="difference in pixel value", shrink=0.85)
-        for axes in (left, middle, right):
-            axes.set(xticks=[], yticks=range(4, 90, 9), yticklabels=range(10) if axes is left else [])
-            axes.tick_params(length=0)
-            axes.grid(False)
-            axes.spines[:].set_visible(False)
-        left.set_ylabel("class asked for")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def timeline_figure(timeline: Timeline) -> str:
     """Arena bytes in use over one step; below, which block held which bytes from load to evict. -> SVG"""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11.5, 5.2), layout="constrained")
+    with styled(11.5, 5.2) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
         times, held = zip((0.0, 0), *timeline.in_use, (timeline.step_ms, timeline.in_use[-1][1]))
         kib = [value / 1024 for value in held]
@@ -104,7 +70,7 @@ def timeline_figure(timeline: Timeline) -> str:
             ylabel="arena offset, KiB",
             title="Which block holds which bytes, from prefetch over load to evict",
         )
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _draw_stays(axes: Axes, timeline: Timeline) -> None:
@@ -128,8 +94,7 @@ def _draw_stays(axes: Axes, timeline: Timeline) -> None:
 
 def fidelity_figure(layers: Sequence[LayerFidelity]) -> str:
     """Relative L2 error and cosine of every layer's weight, in execution order, blocks shaded. -> SVG"""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+    with styled(11.5, 4.6) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True)
         positions = range(len(layers))
         for axes in (top, bottom):
@@ -152,7 +117,7 @@ def fidelity_figure(layers: Sequence[LayerFidelity]) -> str:
         )
         for axes in (top, bottom):
             axes.grid(False, axis="x")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _shade_groups(axes: Axes, groups: Sequence[str]) -> None:
@@ -177,8 +142,7 @@ def _shade_groups(axes: Axes, groups: Sequence[str]) -> None:
 
 def stages_figure(stages: Sequence[tuple[str, float]]) -> str:
     """Seconds of each stage of the demonstration as one horizontal bar a stage. -> SVG"""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11.5, 0.38 * len(stages) + 0.9), layout="constrained")
+    with styled(11.5, 0.38 * len(stages) + 0.9) as figure:
         axes = figure.subplots()
         names, seconds = zip(*stages)
         bars = axes.barh(names, seconds, color=BLUE, alpha=0.75, height=0.62)
@@ -187,11 +151,4 @@ def stages_figure(stages: Sequence[tuple[str, float]]) -> str:
         axes.set(xlabel="seconds", xlim=(0, max(seconds) * 1.1), title="Time of each stage")
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-        return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=200)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML prologue, whose doctype names an outside address
+        return to_svg(figure)

@@ -48,6 +48,12 @@ class Engine(Protocol):
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copies on the copy stream without waiting; the source stays as it is until a later `mark_copy`."""
 
+    def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, Mark]:
+        """A copy of x in host memory, made beside the current stream's further work; the mark says when it is there."""
+
+    def from_host(self, host: torch.Tensor, after: Mark) -> tuple[torch.Tensor, Mark]:
+        """A copy on the device, made on the copy stream after the mark; the current stream may read it after the one returned."""
+
     def mark_copy(self) -> Mark: ...
 
     def mark_compute(self) -> Mark: ...
@@ -100,6 +106,12 @@ class CpuEngine:
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         destination.copy_(source)
 
+    def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, HostMark]:
+        return _empty_like(x, self.device).copy_(x), HostMark()
+
+    def from_host(self, host: torch.Tensor, after: Mark) -> tuple[torch.Tensor, HostMark]:
+        return _empty_like(host, self.device).copy_(host), HostMark()
+
     def mark_copy(self) -> HostMark:
         return HostMark()
 
@@ -125,6 +137,7 @@ class CudaEngine:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._copy_stream = torch.cuda.Stream(self.device)
+        self._host_stream = torch.cuda.Stream(self.device)  # the bus works both ways at once
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.device)
@@ -146,6 +159,21 @@ class CudaEngine:
         with torch.cuda.stream(self._copy_stream):
             destination.copy_(source, non_blocking=True)
 
+    def to_host(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu", pin_memory=True)
+        self._host_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._host_stream):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self._host_stream)
+        return host, self._mark(self._host_stream)
+
+    def from_host(self, host: torch.Tensor, after: Any) -> tuple[torch.Tensor, torch.cuda.Event]:
+        self._copy_stream.wait_event(after)
+        with torch.cuda.stream(self._copy_stream):
+            x = _empty_like(host, self.device).copy_(host, non_blocking=True)
+        x.record_stream(torch.cuda.current_stream(self.device))
+        return x, self.mark_copy()
+
     def mark_copy(self) -> torch.cuda.Event:
         return self._mark(self._copy_stream)
 
@@ -165,6 +193,10 @@ class CudaEngine:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def _empty_like(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
 def engine_for(device: torch.device) -> Engine:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.runtime.device import Device, start_device
-from squareq_fx.runtime.engines import Engine, engine_for
+from squareq_fx.runtime.engines import Engine, Mark, engine_for
 from squareq_fx.runtime.leases import Lease, Leases, describe
 from squareq_fx.runtime.store import WeightStore
 from squareq_fx.runtime.telemetry import StepRecorder, StepReport
@@ -94,6 +95,8 @@ class Runtime:
         self._closed = False
         self._steps = 0
         self._step_lock = threading.Lock()
+        self._on_host: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._on_the_way: dict[int, Mark] = {}
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +131,7 @@ class Runtime:
                 raise
         finally:
             self._recorder = None
+            self._on_the_way.clear()
             self._step_lock.release()
 
     @_out_of_autograds_sight
@@ -224,6 +228,48 @@ class Runtime:
         else:
             raise RuntimeStateError(f"{describe(block, visit)} was prefetched already in this step")
 
+    @_out_of_autograds_sight
+    def offload(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of an activation in (pinned) host memory, of the same sizes and strides, made while the device goes on.
+
+        Raises:
+            RuntimeStateError: outside a step, or after shutdown.
+        """
+        device, recorder = self._in_step("offload")
+        host, mark = device.engine.to_host(x)
+        self._on_host[host] = mark
+        recorder.returned(x.numel() * x.element_size())
+        return host
+
+    @_out_of_autograds_sight
+    def fetch(self, host: torch.Tensor) -> torch.Tensor:
+        """The way back of what `offload` gave; not to be read before `arrived`.
+
+        Raises:
+            RuntimeStateError: outside a step, after shutdown, or `host` is not from `offload`.
+        """
+        device, recorder = self._in_step("fetch")
+        mark = self._on_host.get(host)
+        if mark is None:
+            raise RuntimeStateError("fetch of a tensor that this runtime has not offloaded")
+        x, there = device.engine.from_host(host, mark)
+        self._on_the_way[x.data_ptr()] = there
+        recorder.fetched(x.numel() * x.element_size())
+        return x
+
+    def arrived(self, x: torch.Tensor) -> None:
+        """The current stream waits until a fetched tensor is there.
+
+        Raises:
+            RuntimeStateError: outside a step, after shutdown, or `x` is not from `fetch`.
+        """
+        device, _ = self._in_step("arrived")
+        if x.numel() and x.data_ptr() not in self._on_the_way:
+            raise RuntimeStateError("arrived: this tensor is not on its way to the device")
+        mark = self._on_the_way.pop(x.data_ptr(), None)
+        if mark is not None:
+            device.engine.compute_after(mark)
+
     def shutdown(self) -> None:
         """Waits for what is under way and releases device and host memory. Idempotent; also runs at exit."""
         self._closed = True
@@ -281,6 +327,12 @@ class Runtime:
                 f"{segment.nbytes}; the module was compiled for another slab"
             )
         return _Running(self._device, self._leases, self._recorder)
+
+    def _in_step(self, what: str) -> tuple[Device, StepRecorder]:
+        self._refuse_after_shutdown(what)
+        if self._recorder is None or self._device is None:
+            raise RuntimeStateError(f"{what} outside a step; enter `with runtime.step():` first")
+        return self._device, self._recorder
 
     def _refuse_after_shutdown(self, what: str) -> None:
         if self._closed:

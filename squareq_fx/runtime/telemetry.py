@@ -66,8 +66,8 @@ class StepReport:
 
     Args:
         index: the runtime's count of steps, from 0.
-        bytes_to_device: bytes of the copies this step issued, host to device.
-        bytes_to_host: bytes copied back; weights never are.
+        bytes_to_device: bytes of the copies this step issued, host to device, offloaded activations included.
+        bytes_to_host: bytes of activations copied to the host; weights never are.
         loads, evictions, prefetches: how many. Resident blocks are loaded and evicted, never prefetched.
         prefetch_hits: loads of streamed blocks whose copy had been issued before. One that had not finished
             by then is a hit and a stall.
@@ -126,6 +126,7 @@ class StepRecorder:
         self.bytes_in_use = bytes_in_use
         self._peak = bytes_in_use
         self._bytes_to_device = bytes_to_device
+        self._bytes_to_host = 0
         self._start = start
         self._began = time.perf_counter()
         self._events: list[MemoryEvent] = []
@@ -143,6 +144,14 @@ class StepRecorder:
         self._bytes_to_device += transfer.nbytes
         self._transfers.append(transfer)
 
+    def returned(self, nbytes: int) -> None:
+        """Activations that were copied to the host."""
+        self._bytes_to_host += nbytes
+
+    def fetched(self, nbytes: int) -> None:
+        """Activations that were copied back to the device."""
+        self._bytes_to_device += nbytes
+
     def arrived(self, mark: Mark, transfer: Transfer, *, is_miss: bool) -> None:
         """The compute stream got to a load at `mark` and must not go on before `transfer` is there."""
         self._arrivals.append(_Arrival(mark, transfer, is_miss))
@@ -153,7 +162,7 @@ class StepRecorder:
         return StepReport(
             index=self.index,
             bytes_to_device=self._bytes_to_device,
-            bytes_to_host=0,
+            bytes_to_host=self._bytes_to_host,
             loads=kinds.count("load"),
             evictions=kinds.count("evict"),
             prefetches=kinds.count("prefetch"),

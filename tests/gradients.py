@@ -1,0 +1,127 @@
+"""What the gradients of adapters should be: torch's autograd through the dequantised model with LoRA's formula beside each layer.
+
+Nothing of squareq_fx's differentiation is used here; the branches are put in where the model calls `F.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from laws import Replay, l2
+from models import Staged, seeded
+from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from squareq_fx.calls import flatten_call
+from squareq_fx.ir import adapter_inputs, program
+
+__all__ = ["Found", "adapters_for", "assert_equal", "by_autograd", "by_graph", "cotangents_for", "worst"]
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model's outputs, and gradients by ("adapter" or "input", key); None where there is no dependence."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[Key, torch.Tensor | None]
+
+
+def adapters_for(gm: fx.GraphModule, rank: int = 3, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Values for the graph's adapter inputs, A and B both random; sizes of rank are `rank`, and one more for each further one."""
+    ranks: dict[str, int] = {}
+    values = {}
+    with seeded(seed):
+        for key, node in adapter_inputs(gm).items():
+            shape = node.meta["val"].shape
+            sizes = [ranks.setdefault(str(s), rank + len(ranks)) if isinstance(s, torch.SymInt) else s for s in shape]
+            values[key] = (torch.randn(sizes) / max(sizes[1], 1) ** 0.5).to(node.meta["val"].dtype)
+    return values
+
+
+def cotangents_for(outputs: Sequence[torch.Tensor], seed: int = 9) -> list[torch.Tensor]:
+    with seeded(seed):
+        return [torch.randn(o.shape).to(o.dtype) for o in outputs]
+
+
+class _Branches(TorchFunctionMode):
+    """y = F.linear(x, W, b)  ->  y + F.linear(F.linear(x, A), B) for the layers that have a pair."""
+
+    def __init__(self, staged: Staged, adapters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        modules = dict(staged.dequantized.named_modules(remove_duplicate=False))
+        layers = {key.removesuffix(".lora_A.weight") for key in adapters if key.endswith(".lora_A.weight")}
+        self.layers = {id(modules[name].weight): name for name in layers}
+        assert len(self.layers) == len(layers), "two layers of the dequantised model share a weight"
+        self.adapters = adapters
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear and id(args[1]) in self.layers:
+            name = self.layers[id(args[1])]
+            down, up = (self.adapters[f"{name}.{side}.weight"] for side in ("lora_A", "lora_B"))
+            result = result + (args[0] @ down.t()) @ up.t()
+        return result
+
+
+def by_autograd(
+    staged: Staged,
+    call: Mapping[str, Any],
+    adapters: Mapping[str, torch.Tensor],
+    cotangents: Sequence[torch.Tensor] | None = None,
+    inputs: Iterable[str] = (),
+) -> Found:
+    """The reference. `cotangents` are by default those `cotangents_for` gives."""
+    leaves = {key: value.detach().clone().requires_grad_() for key, value in adapters.items()}
+    call = dict(call)
+    for path in inputs:
+        call[path] = call[path].detach().clone().requires_grad_()
+    with _Branches(staged, leaves):
+        result = staged.dequantized(**call)
+    outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    given = cotangents_for(outputs) if cotangents is None else cotangents
+    wanted: dict[Key, torch.Tensor] = {("adapter", key): leaf for key, leaf in leaves.items()}
+    wanted |= {("input", path): flatten_call(call)[path] for path in inputs}
+    pairs = [(o, c) for o, c in zip(outputs, given, strict=True) if o.requires_grad]
+    found = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [c for _, c in pairs], allow_unused=True)
+    return Found([o.detach() for o in outputs], dict(zip(wanted, found)))
+
+
+def by_graph(
+    gm: fx.GraphModule,
+    staged: Staged,
+    call: Mapping[str, Any],
+    adapters: Mapping[str, torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    **options: Any,
+) -> Found:
+    """The graph with its backward, run by `laws.Replay`, which holds every read against the loads and evicts."""
+    results = Replay(gm, staged, given=adapters, cotangents=cotangents, **options).run(call)
+    names = program(gm).gradients
+    count = len(results) - len(names)
+    return Found(results[:count], dict(zip(names, results[count:])))
+
+
+def worst(found: Found, expected: Found) -> float:
+    """The largest relative L2 error of a gradient."""
+    assert {key for key, g in expected.gradients.items() if g is not None} == set(found.gradients)
+    errors = [0.0]
+    for key, gradient in found.gradients.items():
+        wanted = expected.gradients[key]
+        assert gradient is not None and wanted is not None
+        assert gradient.shape == wanted.shape and gradient.dtype == wanted.dtype, key
+        errors.append(l2(gradient, wanted))
+    return max(errors)
+
+
+def assert_equal(found: Found, expected: Found, limit: float = 1e-5) -> None:
+    """Outputs and every gradient within `limit`, the same ones missing."""
+    for a, b in zip(found.outputs, expected.outputs, strict=True):
+        assert l2(a, b) < limit
+    assert worst(found, expected) <= limit
