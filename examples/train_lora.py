@@ -79,11 +79,11 @@ def train(settings: Settings) -> None:
         for step in range(first + 1, settings.steps + 1):
             loss = sum(backward(gm, next(source), settings, plan) for _ in range(settings.accumulate))
             if not math.isfinite(loss):
-                raise SquareQError(f"the loss of step {step} is {loss}; lower --lr, and --resume from the last checkpoint")
+                raise SquareQError(f"the loss of step {step} is {loss}; begin a new run with a lower --lr")
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            scalars = {"lr": scheduler.get_last_lr()[0], "grad_norm": norm.item(), "epoch": batches.epoch}
+            scalars = {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": norm.item(), "epoch": batches.epoch}
             scheduler.step()
             if ema is not None:
                 ema.step(parameters)

@@ -51,7 +51,7 @@ class Adapt:
         gm = clone(gm)
         if adapter_inputs(gm):
             return gm
-        calls = linear_calls(gm)
+        calls = _linear_calls(gm)
         layers = self.lora.layers(calls)
         sizes = {rank: new_size(fake_mode(gm), f"rank_{rank}") for rank in dict.fromkeys(e.rank for e in layers.values())}
         for name, entry in layers.items():
@@ -67,8 +67,8 @@ class Adapt:
             PassError: naming the layer.
         """
         pairs = adapter_inputs(after)
-        calls = linear_calls(after)
-        for name in self.lora.layers(linear_calls(before)):
+        calls = _linear_calls(after)
+        for name in self.lora.layers(_linear_calls(before)):
             for side in _SIDES:
                 node = pairs.get(f"{name}.{side}.weight")
                 found = len(node.users) if node is not None else 0
@@ -110,7 +110,7 @@ class Adapt:
             user.replace_input_with(node, total)
 
 
-def linear_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+def _linear_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """The calls of every Linear layer, quantised or not, by the layer's path in the model."""
     found: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:

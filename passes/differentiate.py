@@ -101,11 +101,13 @@ class _Backward:
         self.active = active_values(gm, self.seeds.values())
         self.adjoint: dict[fx.Node, fx.Node] = {}
         self.pullbacks: dict[tuple[Any, ...], _Named] = {}
+        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
         self.last: fx.Node | None = None  # the call before, in the backward's order
 
     def build(self) -> fx.GraphModule:
         self._enclose()
-        self.roots, self.copies = shared_storage(self.gm), dict[fx.Node, fx.Node]()
+        self.roots = shared_storage(self.gm)
         output = next(n for n in self.gm.graph.nodes if n.op == "output")
         calls = [n for n in self.gm.graph.nodes if n.op == "call_module" and n in self.active]
         with self.gm.graph.inserting_before(output):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,7 @@ class AdapterMethods:
 
     _bank: AdapterBank | None
     _component: str
-
-    def _linear_sizes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every Linear layer of the model, by path."""
-        raise NotImplementedError
+    _linear_sizes: Callable[[], dict[str, tuple[int, int]]]  # (out, in) of every Linear layer of the model, by path
 
     @property
     def _adapters(self) -> AdapterBank:

@@ -114,6 +114,8 @@ def _example(
         args, kwargs = normalise_example(example_inputs)
     elif recorded is not None:
         args, kwargs = restore_inputs(recorded, device="meta")
+        if not _has_type_of(model, (args, kwargs)):  # a family knows which inputs keep their type
+            args, kwargs = _in_the_type_of(model, (args, kwargs)) if family is None else (family.args, family.kwargs)
     elif family is not None:
         args, kwargs = family.args, family.kwargs
     else:
@@ -139,6 +141,18 @@ def _example(
     fresh = iter([torch.empty(sizes[p], dtype=t.dtype, device="meta") for p, t in given.items()])
     arguments = pytree.tree_map_only(torch.Tensor, lambda _: next(fresh), arguments)
     return arguments, signature, {p: symbols[p] for p in given}
+
+
+def _has_type_of(model: nn.Module, call: Any) -> bool:
+    """Is one of the call's tensors of the model's floating point type? If not, the slab was built from the model in another."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return dtype is None or any(isinstance(t, torch.Tensor) and t.dtype == dtype for t in pytree.tree_leaves(call))
+
+
+def _in_the_type_of(model: nn.Module, call: Any) -> Any:
+    """Recorded inputs of a model that has been cast since: floating point ones follow it."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, call)
 
 
 def _flatten_dims(dims: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:

@@ -78,7 +78,11 @@ def trace_vjp(function: fx.GraphModule, wrt: tuple[int, ...], outputs: tuple[int
         with torch.enable_grad():
             values = _Recording(function, sources).run(*given)
             values = [values] if isinstance(values, torch.Tensor) else list(values)
-            gradients = gradients_of([values[i] for i in outputs], [given[i] for i in wrt], cotangents)
+            try:
+                gradients = gradients_of([values[i] for i in outputs], [given[i] for i in wrt], cotangents)
+            except PassError as error:
+                at = sources[(traceback.get_current_meta().get("custom") or {}).get(_SOURCE, -1)]
+                raise PassError(f"{at.target} ({at.name}): {error}\n  model source: {model_source(at)}") from error
         return values, list(gradients)
 
     with tracing(mode):
@@ -91,7 +95,7 @@ def gradients_of(outputs: list[Any], inputs: list[Any], cotangents: list[Any] | 
     """`torch.autograd.grad`, None where there is no dependence; PassError if torch has no derivative for an operation."""
     try:
         return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise PassError(
             f"torch cannot differentiate an operation of this function: {reason}. Detach its input in the model, or register a "

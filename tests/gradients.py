@@ -1,4 +1,4 @@
-"""What the gradients of adapters should be: torch's autograd through the dequantised model with LoRA's formula beside each layer.
+"""What the gradients of adapters should be: torch's autograd through the dequantised model with LoRA's formula in each layer.
 
 Nothing of squareq_fx's differentiation is used here; the branches are put in where the model calls `F.linear`.
 """
@@ -34,14 +34,17 @@ class Found:
 
 
 def adapters_for(gm: fx.GraphModule, rank: int = 3, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Values for the graph's adapter inputs, A and B both random; sizes of rank are `rank`, and one more for each further one."""
+    """Random values for the graph's adapter inputs. The first size of rank is `rank`, each further one is larger by one.
+
+    The branches are half as large as the layers, so that a deep model does not blow up and rounding with it.
+    """
     ranks: dict[str, int] = {}
     values = {}
     with seeded(seed):
         for key, node in adapter_inputs(gm).items():
             shape = node.meta["val"].shape
             sizes = [ranks.setdefault(str(s), rank + len(ranks)) if isinstance(s, torch.SymInt) else s for s in shape]
-            values[key] = (torch.randn(sizes) / max(sizes[1], 1) ** 0.5).to(node.meta["val"].dtype)
+            values[key] = (torch.randn(sizes) / (3 * max(sizes[1], 1)) ** 0.5).to(node.meta["val"].dtype)
     return values
 
 

@@ -25,15 +25,16 @@ PACKAGES = {"squareq_fx": "squareq_fx", "squareq_fx.passes": "passes", "squareq_
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "kernels"),
-    ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw"),
+    ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw", "lora", "adapters", "checkpoint"),
     (
         *("inference", "edit", "inlining", "liveness", "verify"),
+        *("activity", "vjp", "pullback", "halves", "loss"),
         *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
         *("runtime", "weights", "binding"),
     ),
     ("pipeline",),
     ("passes",),
-    ("emit", "api", "demo", "cli", ""),
+    ("training", "adapter_methods", "compiled", "functional", "emit", "api", "demo", "cli", ""),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 

@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite(root: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(train_lora, "compile_model", lambda *a: Fake(2, 2))
     monkeypatch.setattr(train_lora, "backward", lambda *a: float("nan"))
-    with pytest.raises(SquareQError, match="the loss of step 1 is nan; lower --lr"):
+    with pytest.raises(SquareQError, match="the loss of step 1 is nan; begin a new run with a lower --lr"):
         train_lora.train(settings(root, "flux", tmp_path / "out"))
     assert latest_checkpoint(tmp_path / "out") is None
 

@@ -117,7 +117,7 @@ def _objective(settings: Settings, family: Family) -> tuple[Objective, str]:
     return Diffusion(_ddpm(settings, prediction_type=chosen), settings.min_snr), chosen
 
 
-def _ddpm(settings: Settings, **changes: Any) -> DDPMScheduler:
+def _ddpm(settings: Settings, **changes: Any) -> Any:
     path = settings.pipeline / "scheduler"
     if not path.is_dir():
         raise SquareQError(f"{path} is missing: the noise schedule of the model is not known")

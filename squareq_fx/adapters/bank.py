@@ -192,9 +192,15 @@ class AdapterBank:
         ]
 
     def packed(self) -> list[torch.Tensor]:
-        """The graph's adapter inputs; made again only when a master, or which of them count, has changed."""
+        """The graph's adapter inputs.
+
+        Frozen adapters are packed once. Those that train are packed at every call: fused optimizers write to parameters without
+        a trace in their version counters.
+        """
         parameters = self.parameters()
-        state = (tuple(self.active), tuple(self.weights.items()), tuple((id(p), p._version) for p in parameters.values()))
+        if any(p.requires_grad for p in parameters.values()):
+            return pack(self.branches(), self._device)
+        state = (tuple(self.weights.items()), self.enabled, tuple((id(p), p._version) for p in parameters.values()))
         if self._packed is None or self._packed[0] != state:
             self._packed = state, pack(self.branches(), self._device)
         return self._packed[1]

@@ -50,8 +50,12 @@ def digits_figure(float_samples: torch.Tensor, int8_samples: torch.Tensor) -> st
         return to_svg(figure)
 
 
-def timeline_figure(timeline: Timeline) -> str:
-    """Arena bytes in use over one step; below, which block held which bytes from load to evict. -> SVG"""
+def timeline_figure(timeline: Timeline, parts: Sequence[str] = ()) -> str:
+    """Arena bytes in use over one step; below, which block held which bytes from load to evict. -> SVG
+
+    Args:
+        parts: names of the timeline's steps, if it has several.
+    """
     with styled(11.5, 5.2) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
         times, held = zip((0.0, 0), *timeline.in_use, (timeline.step_ms, timeline.in_use[-1][1]))
@@ -60,8 +64,12 @@ def timeline_figure(timeline: Timeline) -> str:
         top.fill_between(times, kib, step="post", color=BLUE, alpha=0.22, linewidth=0)
         top.step(times, kib, where="post", color=BLUE, linewidth=1.4, label="in use")
         top.axhline(arena, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="arena")
-        top.set(ylim=(0, arena * 1.18), ylabel="KiB", title="Weight bytes held in the arena")
+        top.set(ylim=(0, arena * (1.36 if parts else 1.18)), ylabel="KiB", title="Weight bytes held in the arena")
         top.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.22))
+        for start, name in zip(timeline.starts, parts):
+            top.annotate(name, (start, 0.97), (6, 0), top.get_xaxis_transform(), "offset points", va="top", color=MUTED)
+            for axes in (top, bottom):
+                axes.axvline(start, color=MUTED, linewidth=1)
         _draw_stays(bottom, timeline)
         bottom.set(
             xlim=(0, times[-1]),
@@ -74,17 +82,18 @@ def timeline_figure(timeline: Timeline) -> str:
 
 
 def _draw_stays(axes: Axes, timeline: Timeline) -> None:
-    colours = (BLUE, GREEN, ORANGE, VIOLET)
-    for index, stay in enumerate(timeline.stays):
-        colour = colours[index % len(colours)]
+    names = list(dict.fromkeys(stay.name for stay in timeline.stays))
+    colours = {name: (BLUE, GREEN, ORANGE, VIOLET)[index % 4] for index, name in enumerate(names)}
+    for stay in timeline.stays:
+        colour = colours[stay.name]
         rows = (stay.offset / 1024, stay.nbytes / 1024)
         loaded = stay.evicted if stay.loaded is None else stay.loaded
         ahead, used = (stay.claimed, loaded - stay.claimed), (loaded, stay.evicted - loaded)
         axes.broken_barh([ahead], rows, color=colour, alpha=0.25, linewidth=0)
         axes.broken_barh([used], rows, color=colour, alpha=0.55, linewidth=0)
-        if stay.evicted - stay.claimed > 0.008 * len(stay.name) * timeline.step_ms:
-            middle = ((stay.claimed + stay.evicted) / 2, rows[0] + rows[1] / 2)
-            axes.text(*middle, stay.name, ha="center", va="center", fontsize=8)
+        width = (stay.evicted - stay.claimed) / (0.008 * timeline.step_ms)  # in characters
+        label = next((text for text in (stay.name, stay.name.rpartition("_")[2]) if len(text) < width), "")
+        axes.text((stay.claimed + stay.evicted) / 2, rows[0] + rows[1] / 2, label, ha="center", va="center", fontsize=8)
     handles = [
         Patch(facecolor=MUTED, alpha=0.25, label="prefetched"),
         Patch(facecolor=MUTED, alpha=0.55, label="loaded"),

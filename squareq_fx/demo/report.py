@@ -16,15 +16,15 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.syntax import Syntax
 
-from squareq_fx.demo import figures
+from squareq_fx.demo import figures, finetune_figures
 from squareq_fx.demo.figures import LayerFidelity
+from squareq_fx.demo.results import FineTuning, SizeRow
 from squareq_fx.demo.timeline import Timeline
 
 __all__ = [
     "PassRow",
     "Report",
     "Similarity",
-    "SizeRow",
     "format_bytes",
     "format_seconds",
     "highlight",
@@ -50,15 +50,6 @@ class Similarity:
         a, b = ours.double().flatten(), reference.double().flatten()
         cosine = torch.nn.functional.cosine_similarity(a, b, dim=0).item()
         return cls(what, cosine, ((a - b).norm() / b.norm()).item(), (a - b).abs().max().item())
-
-
-@dataclass(frozen=True)
-class SizeRow:
-    """One line of the table of sizes."""
-
-    what: str
-    nbytes: int
-    note: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +81,7 @@ class Report:
     calls: int
     functions: int
     timeline: Timeline
+    tuning: FineTuning
     sizes: Sequence[SizeRow]
     passes: Sequence[PassRow]
     stages: Sequence[tuple[str, float]]
@@ -101,14 +93,19 @@ def render(report: Report) -> str:
     loader = PackageLoader("squareq_fx.demo", package_path="")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters.update(size=format_bytes, seconds=format_seconds)
-    recognised = report.recognised
+    tuning = report.tuning
     return environment.get_template("report.html.jinja").render(
         report=report,
-        recognised=recognised,
+        recognised=report.recognised,
+        tuning=tuning,
+        judged=all(row.upright is not None and row.italic is not None for row in tuning.rows),
         total_seconds=sum(seconds for _, seconds in report.stages),
         digits=Markup(figures.digits_figure(report.float_samples, report.int8_samples)),
         timeline=Markup(figures.timeline_figure(report.timeline)),
         fidelity=Markup(figures.fidelity_figure(report.layers)),
+        style=Markup(finetune_figures.style_figure(tuning)),
+        losses=Markup(finetune_figures.loss_figure(tuning)),
+        training_step=Markup(figures.timeline_figure(tuning.timeline, ("forward", "backward"))),
         stages=Markup(figures.stages_figure(report.stages)),
         top_level=Markup(_inline(report.top_level_svg)),
         block=Markup(_inline(report.block_svg)),

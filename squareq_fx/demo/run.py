@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 import squareq_fx
-from squareq_fx import ops
+from squareq_fx.demo.adapting import fine_tune
 from squareq_fx.demo.environment import describe_environment
 from squareq_fx.demo.figures import LayerFidelity
+from squareq_fx.demo.finetune import Recipe
 from squareq_fx.demo.judge import agreement, judge_available
 from squareq_fx.demo.model import MODEL_DIR, load_digits_model
-from squareq_fx.demo.report import PassRow, Report, Similarity, SizeRow, format_bytes, write_report
+from squareq_fx.demo.report import PassRow, Report, Similarity, format_bytes, write_report
+from squareq_fx.demo.results import SizeRow
 from squareq_fx.demo.sampling import CLASSES, SIZE, STEPS, TIMESTEPS, grid_labels, sample_digits
 from squareq_fx.demo.stages import Stages
-from squareq_fx.demo.timeline import Span, timeline_of
+from squareq_fx.demo.timeline import arena_spans, timeline_of
 from squareq_fx.emit import CompiledModule
 from squareq_fx.ir import functions
 from squareq_fx.runtime import StepReport
@@ -34,14 +36,17 @@ __all__ = ["run_demo"]
 _COLUMNS = 8
 _SEED = 0
 _MEASURED_STEPS = 5
+_ADAPTER = "digits_italic_lora"
 
 
-def run_demo(output: Path, *, open_browser: bool = False) -> Path:
-    """Draws the same digits with the shipped model in float and in INT8, streamed, and writes a report.
+def run_demo(output: Path, *, open_browser: bool = False, recipe: Recipe | None = None) -> Path:
+    """Draws the same digits in float and in INT8, streamed, teaches the latter a style, and writes a report.
 
     Args:
-        output: the HTML file to write, or a directory (made if need be) for a `report.html`.
+        output: the HTML file to write, or a directory (made if need be) for a `report.html`. The adapter goes into a
+            directory `digits_italic_lora` beside it.
         open_browser: show it afterwards.
+        recipe: how to fine-tune; default: `Recipe()`.
 
     Returns:
         The absolute path of the report.
@@ -56,7 +61,7 @@ def run_demo(output: Path, *, open_browser: bool = False) -> Path:
         Stages(console) as stages,
         _one_thread(),
     ):
-        report = _run(Path(scratch), stages)
+        report = _run(Path(scratch), path.parent / _ADAPTER, recipe or Recipe(), stages)
         write_report(report, path)
     console.print(_summary(report))
     if open_browser:
@@ -75,16 +80,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(scratch: Path, stages: Stages) -> Report:
+def _run(scratch: Path, adapter: Path, recipe: Recipe, stages: Stages) -> Report:
     with stages.stage("load the model"):
         model = load_digits_model()
     with stages.stage("build the slab"):
         slab = squareq_fx.build_slab(model, scratch / "digits_int8", progress=False)
     with slab:
-        return _compile_and_compare(model, slab, stages)
+        return _compile_and_compare(model, slab, adapter, recipe, stages)
 
 
-def _compile_and_compare(model: torch.nn.Module, slab: Slab, stages: Stages) -> Report:
+def _compile_and_compare(model: torch.nn.Module, slab: Slab, adapter: Path, recipe: Recipe, stages: Stages) -> Report:
     with stages.stage("compile"):
         gm, capture_seconds = _compile(model, slab)
     with stages.stage("draw digits in float", STEPS) as on_step:
@@ -97,13 +102,14 @@ def _compile_and_compare(model: torch.nn.Module, slab: Slab, stages: Stages) -> 
             labels = grid_labels(_COLUMNS)
             recognised = (agreement(float_samples, labels), agreement(int8_samples, labels))
         call, step = _measure_call(model, gm)
-        timeline = timeline_of(step, _spans(gm))
+        timeline = timeline_of(step, arena_spans(gm.graph))
     with stages.stage("draw the graphs"):
         calls = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
         ((name, _),) = calls.most_common(1)
         top_level_svg, block_svg = squareq_fx.draw(gm), squareq_fx.draw(functions(gm)[name])
         code = squareq_fx.show(gm)
     gm.shutdown()
+    tuning = fine_tune(model, slab, int8_samples, adapter, stages, columns=_COLUMNS, seed=_SEED, recipe=recipe)
     return Report(
         float_samples=float_samples,
         int8_samples=int8_samples,
@@ -118,6 +124,7 @@ def _compile_and_compare(model: torch.nn.Module, slab: Slab, stages: Stages) -> 
         calls=calls.total(),
         functions=len(calls),
         timeline=timeline,
+        tuning=tuning,
         sizes=_sizes(model, slab, step),
         passes=_passes(gm, capture_seconds),
         stages=tuple(stages.seconds),
@@ -128,7 +135,7 @@ def _compile_and_compare(model: torch.nn.Module, slab: Slab, stages: Stages) -> 
 def _compile(model: torch.nn.Module, slab: Slab) -> tuple[CompiledModule, float]:
     """The streamed module, and the seconds until its first stage, the captured graph, was there."""
     began, seen = time.perf_counter(), []
-    gm = squareq_fx.compile(model, slab, observe=lambda _: seen.append(time.perf_counter() - began))
+    gm = squareq_fx.compile(model, slab, progress=False, observe=lambda _: seen.append(time.perf_counter() - began))
     return gm, seen[0]
 
 
@@ -148,12 +155,6 @@ def _measure_call(model: torch.nn.Module, gm: CompiledModule) -> tuple[Similarit
         steps.append(gm.last_step)
     fastest = min(steps, key=lambda step: step.timing.step_ms)
     return Similarity.of("one call of the model", ours, call(model)), fastest
-
-
-def _spans(gm: CompiledModule) -> dict[tuple[str, int], Span]:
-    """Arena offset and size of every load node that has a place in the arena."""
-    loads = [node for node in gm.graph.nodes if node.target is ops.load and node.kwargs["offset"] is not None]
-    return {(n.args[0], n.kwargs["visit"]): (n.kwargs["offset"], n.kwargs["nbytes"]) for n in loads}
 
 
 def _fidelity(slab: Slab) -> list[LayerFidelity]:
@@ -198,5 +199,16 @@ def _summary(report: Report) -> Table:
     if report.recognised:
         in_float, in_int8 = report.recognised
         table.add_row("digits recognised", f"{in_int8:.1%} in INT8, {in_float:.1%} in float")
+    tuning = report.tuning
+    table.add_row("loss on italic digits", _fall(tuning.curve.start, tuning.curve.end))
+    if tuning.peft_curve is not None:
+        table.add_row("the same, PEFT on float", _fall(tuning.peft_curve.start, tuning.peft_curve.end))
+    changed = "unchanged" if tuning.base.is_unchanged else "CHANGED"
+    table.add_row("base model after training", changed)
+    table.add_row("adapter", str(tuning.adapter))
     table.add_row("time", f"{sum(seconds for _, seconds in report.stages):.0f} s")
     return table
+
+
+def _fall(start: float, end: float) -> str:
+    return f"{start:.3f} to {end:.3f}"

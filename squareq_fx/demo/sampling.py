@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["CLASSES", "NULL_CLASS", "SIZE", "STEPS", "TIMESTEPS", "grid_labels", "sample_digits", "to_grid"]
+__all__ = [
+    "CLASSES",
+    "NULL_CLASS",
+    "SIZE",
+    "STEPS",
+    "TIMESTEPS",
+    "Denoiser",
+    "grid_labels",
+    "sample_digits",
+    "to_grid",
+]
 
 CLASSES = 10
 NULL_CLASS = CLASSES  # the class label that means "no class": the unconditional half of guidance

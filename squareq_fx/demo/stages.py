@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-__all__ = ["Stages"]
+__all__ = ["Advance", "Stages"]
+
+
+class Advance(Protocol):
+    """Tells how many steps of a stage are done, and, if there is anything to tell, how it stands."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Stages:
@@ -27,6 +34,7 @@ class Stages:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
             console=console,
         )
 
@@ -43,10 +51,14 @@ class Stages:
         self._progress.stop()
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Yields a function to tell how many of `total` steps are done; without a total the bar pulses."""
-        task = self._progress.add_task(name, total=total)
+        task = self._progress.add_task(name, total=total, note="")
         began = time.perf_counter()
-        yield lambda done: self._progress.update(task, completed=done)
+
+        def advance(done: int, note: str = "") -> None:
+            self._progress.update(task, completed=done, note=note)
+
+        yield advance
         self.seconds.append((name, time.perf_counter() - began))
         self._progress.update(task, total=total or 1, completed=total or 1)
