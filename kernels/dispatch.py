@@ -12,7 +12,7 @@ import torch
 from squareq_fx.kernels import cpu
 from squareq_fx.kernels.arguments import check_linear, check_linear_dx
 
-__all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear", "int8_linear_dx"]
+__all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear", "int8_linear_dx", "run_int8_linear", "run_int8_linear_dx"]
 
 FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 0}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
@@ -44,7 +44,18 @@ def int8_linear(
         RuntimeError: Triton is needed and missing.
     """
     check_linear(x, qweight, scale, zero_point, bias)
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    return run_int8_linear(x, qweight, scale, zero_point, bias)
+
+
+def run_int8_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`int8_linear` of arguments that were checked already; a model calls it hundreds of times a step."""
+    if not x.is_cuda and not _is_interpreting():
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
         return _dequantized(x, qweight, scale, zero_point, bias)
@@ -67,7 +78,14 @@ def int8_linear_dx(
         RuntimeError: Triton is needed and missing.
     """
     check_linear_dx(dy, qweight, scale, zero_point, in_features)
-    if not dy.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    return run_int8_linear_dx(dy, qweight, scale, zero_point, in_features)
+
+
+def run_int8_linear_dx(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """`int8_linear_dx` of arguments that were checked already."""
+    if not dy.is_cuda and not _is_interpreting():
         return cpu.int8_linear_dx(dy, qweight, scale, zero_point, in_features)
     weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, in_features, dy.dtype)
     return torch.matmul(dy, weight)
@@ -100,6 +118,10 @@ def _dequantized(
     # The rounded bias meets the float32 accumulator, as in any 16-bit layer. An exact bias would be added to
     # a product that is rounded already, for no smaller error and one more pass over y.
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _is_interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

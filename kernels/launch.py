@@ -31,7 +31,8 @@ def launch_device(tensor: torch.Tensor, interpreted: bool) -> AbstractContextMan
         ValueError: the tensor is not on a CUDA device and the kernel is compiled, not interpreted.
     """
     if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
+        here = tensor.device.index == torch.cuda.current_device()  # entering a context costs several times the question
+        return nullcontext() if here else torch.cuda.device(tensor.device)
     if not interpreted:
         raise ValueError(
             f"the Triton kernels run on CUDA devices but the tensors are on {tensor.device}; call "

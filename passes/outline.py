@@ -40,8 +40,8 @@ class Outline:
 
     Requires: a flat graph.   Preserves: signature, every value bit for bit; inlining gives the flat graph back.
     Two blocks share a function when their nodes, types (sizes, strides, device) and weight layout are the same. A function
-    takes the block's weights first, in the order of `segment_layout`, then its data, then its adapters; sizes it can read off its data are not
-    arguments.
+    takes the block's weights first, in the order of `segment_layout`, then its data, then its adapters; sizes it can read off
+    its data are not arguments.
     """
 
     min_nodes: int = 4

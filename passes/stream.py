@@ -32,8 +32,8 @@ class Stream:
 
     Args:
         hold: a segment stays between two calls that read it when fewer than `hold` other segments are read in between, as long
-            as that holds at most `hold` at a time; 1 holds it only if none is. So the blocks that end the forward are not loaded
-            again for the backward, which begins with them.
+            as that holds at most `hold` at a time; 1 holds it only if none is. So the blocks that end the forward are not
+            loaded again for the backward, which begins with them.
 
     Requires: an outlined graph.   Preserves: signature, every value bit for bit.
     Weights that nodes outside any function read stay inputs; they are resident.

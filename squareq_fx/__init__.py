@@ -8,8 +8,8 @@
 from squareq_fx._version import __version__
 from squareq_fx.api import compile
 from squareq_fx.capture import capture
-from squareq_fx.draw import draw
 from squareq_fx.compiled import CompiledModule
+from squareq_fx.draw import draw
 from squareq_fx.errors import (
     BindingError,
     CaptureError,

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from squareq_fx.ir import functions
 
-__all__ = ["active_outputs", "active_values", "is_valueless", "output_nodes", "value_arguments"]
+__all__ = ["active_outputs", "active_values", "has_floats", "is_valueless", "output_nodes", "value_arguments"]
 
 _VALUELESS = {
     *("empty", "full", "zeros", "ones", "rand", "randn", "scalar_tensor", "arange", "sym_size", "sym_numel", "detach"),
@@ -48,7 +48,7 @@ def active_values(gm: fx.GraphModule, seeds: Iterable[fx.Node]) -> set[fx.Node]:
         elif node.target is operator.getitem and node.args[0] in outputs:
             if outputs[node.args[0]][node.args[1]]:  # type: ignore[index]
                 active.add(node)
-        elif _is_floating(node.meta.get("val")) and not is_valueless(node):
+        elif has_floats(node.meta.get("val")) and not is_valueless(node):
             active.add(node)
     return active
 
@@ -66,5 +66,7 @@ def output_nodes(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
     return (result,) if isinstance(result, fx.Node) else tuple(result)  # type: ignore[arg-type]
 
 
-def _is_floating(val: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(val))
+def has_floats(val: Any) -> bool:
+    """Is a tensor in it that could carry a gradient, real or complex?"""
+    leaves = [leaf for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+    return any(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves)

@@ -17,6 +17,7 @@ from squareq_fx.adapter_methods import AdapterMethods
 from squareq_fx.binding import Binding
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.ir import Stage, program
+from squareq_fx.lowering import Lowered
 from squareq_fx.runtime import Runtime, StepReport
 from squareq_fx.training import Training
 
@@ -27,8 +28,9 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
     """What `compile` returns: a `torch.fx.GraphModule` that is called as the model is.
 
     `graph`, `code` and `print_readable()` show the top level of the forward, its GraphModule children are the unique functions;
-    `training_step` has the halves that run when gradients are wanted, `history` the whole graph with its backward. The compute type and the device are those it was compiled for: `.half()` or `.to(dtype)` change nothing (and warn), `.to` of
-    another device raises.
+    `training_step` has the halves that run when gradients are wanted, `history` the whole graph with its backward. The compute
+    type and the device are those it was compiled for: `.half()` or `.to(dtype)` change nothing (and warn), `.to` of another
+    device raises.
 
     Attributes:
         history: every stage from capture on; `stage.graph` is the graph as it was then.
@@ -72,7 +74,8 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
         code = super().recompile()
         cls = type(self)
         if "_binding" in self.__dict__:  # emit has bound it; until then `forward` is the graph's own
-            self.__dict__["_run_graph"] = cls.forward
+            self.__dict__["_run_graph"] = functools.partial(cls.forward, self)
+            self.__dict__["_lowered"] = Lowered(self, self.__dict__["_run_graph"])
             cls.forward = _bound_forward(self)
         return code
 
@@ -98,7 +101,7 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
         return {path: (m.out_features, m.in_features) for path, m in layers if isinstance(m, nn.Linear)}
 
     def _run(self, half: Callable[..., Any], tensors: Sequence[Any]) -> Any:
-        """A graph of this module on its flat inputs, as one step of the runtime. The graph's types hold, also under autocast."""
+        """A graph of this module on its flat inputs, as one step of the runtime; its types hold under autocast too."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if self.runtime is not None:
@@ -115,15 +118,18 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
             if self.runtime is not None and not set(wants) <= set(known):
                 missing = next(path for path in wants if path not in known)
                 raise RuntimeStateError(
-                    f"{missing} requires grad, but the module was compiled without a gradient by it. Compile with "
-                    f"inputs=({missing!r},), call the module under torch.no_grad(), or detach it."
+                    f"an input requires grad ({missing}), but the module was compiled without a gradient by it. Compile with "
+                    f"inputs=({missing!r},), call the module under torch.no_grad(), or detach its inputs."
                 )
         packed = bank.packed() if bank is not None else []
         if training is not None and torch.is_grad_enabled():
             branches = bank.branches() if bank is not None else []
             if wants or any(part.down.requires_grad or part.up.requires_grad for b in branches for part in b.parts):
                 return training(tensors, branches, packed)
-        return self._run(functools.partial(self.__dict__["_run_graph"], self), [*tensors, *packed])
+        if self.runtime is None:  # an early stage: autograd may go through the resident weights
+            return self._run(self.__dict__["_run_graph"], [*tensors, *packed])
+        with torch.no_grad():
+            return self._run(self.__dict__["_lowered"], [*tensors, *packed])
 
     def __getattr__(self, name: str) -> Any:
         try:

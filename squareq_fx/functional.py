@@ -14,6 +14,7 @@ from squareq_fx.calls import normalise_example
 from squareq_fx.compiled import CompiledModule
 from squareq_fx.errors import BindingError, RuntimeStateError
 from squareq_fx.loss import matched, trace_loss, with_loss
+from squareq_fx.lowering import Lowered
 from squareq_fx.specs import spec
 
 __all__ = ["ValueAndGrad", "value_and_grad"]
@@ -47,7 +48,7 @@ class ValueAndGrad:
         assert module.training_step is not None and module._bank is not None
         self.module, self._training, self._bank = module, module.training_step, module._bank
         self._loss_fn, self._has_aux = loss_fn, has_aux
-        self._graphs: dict[Any, tuple[fx.GraphModule, Any]] = {}
+        self._graphs: dict[Any, tuple[fx.GraphModule, Lowered, Any]] = {}
 
     def __call__(
         self, params: Mapping[str, torch.Tensor], inputs: Mapping[str, Any] | Sequence[Any], *arguments: Any
@@ -64,11 +65,11 @@ class ValueAndGrad:
         """
         tensors = self._tensors(inputs)
         branches = self._bank.branches(self._checked(params))
-        graph, aux_tree = self._graph(tensors, arguments)
+        _, run, aux_tree = self._graph(tensors, arguments)
         leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         with torch.no_grad():
             given = self._training.arguments(tensors, pack(branches, self.module.device))
-            loss, *rest = self.module._run(graph, [*given, *leaves])
+            loss, *rest = self.module._run(run, [*given, *leaves])
             found = dict(zip(self._training.gradients, rest[len(rest) - len(self._training.gradients) :]))
             pairs = unpack_gradients(branches, [found.get(("adapter", key)) for key in self._training.adapters])
         gradients: dict[str, torch.Tensor] = {}
@@ -102,7 +103,7 @@ class ValueAndGrad:
             raise BindingError(f"value_and_grad: {'; '.join(wrong[:3])}{more}. Start from module.adapter_parameters().")
         return params
 
-    def _graph(self, tensors: list[torch.Tensor], arguments: tuple[Any, ...]) -> tuple[fx.GraphModule, Any]:
+    def _graph(self, tensors: list[torch.Tensor], arguments: tuple[Any, ...]) -> tuple[fx.GraphModule, Lowered, Any]:
         leaves, tree = pytree.tree_flatten(arguments)
         binding, outputs = self.module._binding, self._training.output_values
         types = matched(leaves, [(val, binding.concrete(val, tensors)) for val in outputs])
@@ -113,5 +114,6 @@ class ValueAndGrad:
                 return self._loss_fn(binding.output(flat, return_dict=True), *pytree.tree_unflatten(list(given), tree))
 
             traced = trace_loss(loss_fn, outputs, self._training.halves.outputs, types, has_aux=self._has_aux)
-            self._graphs[key] = with_loss(self._training.whole, traced.function, types), traced.aux
+            graph = with_loss(self._training.whole, traced.function, types)
+            self._graphs[key] = graph, Lowered(graph), traced.aux
         return self._graphs[key]

@@ -46,8 +46,8 @@ def forward_only(gm: fx.GraphModule) -> fx.GraphModule:
 def halves(gm: fx.GraphModule) -> Halves:
     """The two halves of a graph with a backward.
 
-    What crosses is activations and sizes, never weights: a segment that is loaded at the cut is kept by the forward (`ops.keep`)
-    and loaded again by the backward, which costs no copy unless another step has taken its bytes in between.
+    What crosses is activations and sizes, never weights: a segment that is loaded at the cut is kept by the forward
+    (`ops.keep`) and loaded again by the backward, which costs no copy unless another step has taken its bytes in between.
 
     Raises:
         PassError: the graph has no backward.

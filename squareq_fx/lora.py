@@ -24,7 +24,8 @@ PRESETS: Mapping[str, str] = {
     "all": ".+",
 }
 """Preset to the regular expression that a whole layer path must match. "attention" is every Linear of an attention module
-(queries, keys, values, output, and their text-stream twins), "attention+ff" also the feed-forward layers, "all" every Linear."""
+(queries, keys, values, output, and their text-stream twins), "attention+ff" also the feed-forward layers, "all" every
+Linear."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _check_scalar(loss: Any) -> None:
         what = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise BindingError(f"the loss function must return a floating point scalar, not {what}; take its mean or sum")
     if not loss.requires_grad:
-        raise BindingError("the loss does not depend on the model's output, so it has no gradient; check for detach() or no_grad()")
+        raise BindingError("the loss does not depend on the model's output, so it has no gradient; look for detach() in it")
 
 
 def with_loss(gm: fx.GraphModule, loss: fx.GraphModule, arguments: Sequence[Any]) -> fx.GraphModule:

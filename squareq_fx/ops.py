@@ -4,7 +4,7 @@
 |---|---|
 | `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
 | `int8_linear_dx(dy, qweight, scale, zero_point, in_features)` | `dy @ dequantise(qweight)`, the gradient of `x` |
-| `cotangent(output, index)` | the gradient of the loss by an output; what comes before is the forward, what follows the backward |
+| `cotangent(output, index)` | the gradient of the loss by an output; before it is the forward, after it the backward |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
 | `keep(weights, block, visit)` | an `evict` after which the next step may load the same bytes without a copy |
@@ -127,7 +127,7 @@ def _int8_linear_autograd(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeStateError(
             "squareq.int8_linear would cut a gradient: an input requires grad and this operation has no backward of its own. "
-            "Compile with lora=squareq_fx.Lora(...) to train, or call the module under torch.no_grad()."
+            "Compile with lora=squareq_fx.Lora(...) to train, call the module under torch.no_grad(), or detach its inputs."
         )
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.squareq.int8_linear.default(x, qweight, scale, zero_point, bias)

@@ -1,8 +1,8 @@
 """Shape rules for the two operations whose decomposition tracing would otherwise spend half of its time in.
 
-`torch.export` learns a result's type by running what `linear` and attention are made of: thirty operations on symbolic sizes for
-each attention on `meta`. The type itself is one line. What a rule does not cover takes torch's own way. Nothing rests on the rules:
-`explicit.relocate` infers every node again without them.
+`torch.export` learns a result's type by running what `linear` and attention are made of: thirty operations on symbolic sizes
+for each attention on `meta`. The type itself is one line. What a rule does not cover takes torch's own way. Nothing rests on
+the rules: `explicit.relocate` infers every node again without them.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from squareq_fx.activity import output_nodes
 from squareq_fx.adapters.packing import Branch, unpack_gradients
 from squareq_fx.halves import Halves, halves
 from squareq_fx.ir import info, program
+from squareq_fx.lowering import Lowered
 
 __all__ = ["Training"]
 
-Run = Callable[[fx.GraphModule, Sequence[Any]], Sequence[Any]]
+Run = Callable[[Callable[..., Any], Sequence[Any]], Sequence[Any]]
 
 
 class Training:
@@ -32,6 +33,7 @@ class Training:
     def __init__(self, gm: fx.GraphModule, run: Run, weights: Callable[[str], torch.Tensor]) -> None:
         self.whole = gm
         self.halves: Halves = halves(gm)
+        self._forward, self._backward = Lowered(self.halves.forward), Lowered(self.halves.backward)
         self.gradients = program(gm).gradients
         self._run = run
         self._weights = weights
@@ -41,8 +43,8 @@ class Training:
         self.adapters = [key for kind, key in self._order if kind == "adapter"]
         returned = output_nodes(self.halves.forward)
         self.output_values = [n.meta["val"] for n in returned[: len(returned) - len(self.halves.saved)]]
-        results = [n.meta["val"] for n in self.halves.backward.graph.nodes if n.op == "placeholder"][-len(self.halves.outputs) :]
-        self._cotangent_types = [val.dtype for val in results]
+        taken = [n.meta["val"] for n in self.halves.backward.graph.nodes if n.op == "placeholder"]
+        self._cotangent_types = [val.dtype for val in taken[-len(self.halves.outputs) :]]
 
     @property
     def differentiable_inputs(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ class Training:
 
     def forward(self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> tuple[list[Any], list[Any]]:
         """The model's outputs and what the backward wants."""
-        results = list(self._run(self.halves.forward, self.arguments(inputs, packed)))
+        results = list(self._run(self._forward, self.arguments(inputs, packed)))
         return results[: len(self.output_values)], results[len(self.output_values) :]
 
     def backward(
@@ -69,7 +71,7 @@ class Training:
         given = [
             cotangents[i].to(dtype).contiguous() for i, dtype in zip(self.halves.outputs, self._cotangent_types)
         ]
-        found = self._run(self.halves.backward, [*self.arguments(inputs, packed), *saved, *given])
+        found = self._run(self._backward, [*self.arguments(inputs, packed), *saved, *given])
         return dict(zip(self.gradients, found))
 
     def arguments(self, inputs: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -89,7 +91,7 @@ class _Step:
 
 
 class _Function(torch.autograd.Function):
-    """To autograd the whole model is one operation. What it saves is the inputs, the adapters and the activations that cross."""
+    """To autograd the whole model is one operation. It saves the inputs, the adapters and the activations that cross."""
 
     @staticmethod
     def forward(ctx: Any, step: _Step, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

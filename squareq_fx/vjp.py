@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from squareq_fx import ops
-from squareq_fx.activity import is_valueless, output_nodes, value_arguments
+from squareq_fx.activity import has_floats, is_valueless, output_nodes, value_arguments
 from squareq_fx.errors import PassError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, identifier, info, model_source, operation_name, set_info
@@ -171,16 +171,21 @@ class _Recording(fx.Interpreter):
         return result
 
     def _check(self, node: fx.Node, results: list[torch.Tensor]) -> None:
-        if is_valueless(node) or any(t.requires_grad for t in results):
+        if is_valueless(node) or any(t.requires_grad and not _gives_nothing(t) for t in results):
             return
         reads = [self.env[a] for a in value_arguments(node)]
         needs = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(reads))
-        if needs and any(t.is_floating_point() for t in results):
+        if needs and has_floats(results):
             raise PassError(
                 f"{node.target} ({node.name}) would cut the gradient: an input needs one and the operation has none to give. "
                 "Register one with torch.library.register_autograd, or detach its input in the model.\n"
                 f"  model source: {model_source(node)}"
             )
+
+
+def _gives_nothing(t: torch.Tensor) -> bool:
+    """torch's fallback for an operation without a derivative: its backward warns and passes nothing on."""
+    return t.grad_fn is not None and t.grad_fn.name().endswith("Implemented")
 
 
 _SOURCE = "squareq_source"
@@ -272,7 +277,8 @@ def _out_of_place(node: fx.Node) -> Any:
     name = target._opname.removesuffix("_")
     packet = getattr(getattr(torch.ops, target.namespace), name, None)
     functional = getattr(packet, target._overloadname, None)
-    views = isinstance(own, fx.Node) and (aliased_arguments(own) or any(own in aliased_arguments(u) for u in _readers(own, node)))
+    assert isinstance(own, fx.Node)
+    views = aliased_arguments(own) or any(own in aliased_arguments(reader) for reader in _readers(own, node))
     if functional is None or len(written) != 1 or written[0] is not target._schema.arguments[0] or views:
         raise PassError(f"the gradient of {model_source(node)} needs {target}, which writes to a value that others may read")
     return functional

@@ -12,15 +12,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from laws import Replay, l2
-from models import Staged, seeded
-from torch import fx
+from models import Staged, dequantized, make_slab, seeded
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+import squareq_fx
+from squareq_fx import Lora
 from squareq_fx.calls import flatten_call
 from squareq_fx.ir import adapter_inputs, program
+from squareq_fx.passes import Adapt, Canonicalize, Differentiate, Outline, Quantize, Schedule, Stream
 
-__all__ = ["Found", "adapters_for", "assert_equal", "by_autograd", "by_graph", "cotangents_for", "worst"]
+__all__ = [
+    "Found",
+    "adapters_for",
+    "assert_equal",
+    "by_autograd",
+    "by_graph",
+    "cotangents_for",
+    "differentiated",
+    "worst",
+]
 
 Key = tuple[str, str]
 
@@ -128,3 +140,32 @@ def assert_equal(found: Found, expected: Found, limit: float = 1e-5) -> None:
     for a, b in zip(found.outputs, expected.outputs, strict=True):
         assert l2(a, b) < limit
     assert worst(found, expected) <= limit
+
+
+def differentiated(
+    model: nn.Module,
+    *calls: Mapping[str, Any],
+    lora: Lora | None = None,
+    limit: float = 1e-5,
+    **options: Any,
+) -> tuple[Staged, fx.GraphModule]:
+    """The graph with its backward, after its gradients were seen to be autograd's, streamed and placed too.
+
+    Args:
+        calls: the model's arguments, at one size or several; captured with the first.
+        lora: adapters; None for none.
+        options: of `Differentiate`.
+    """
+    slab = make_slab(model, calls[0])
+    adapt = () if lora is None else (Adapt(lora),)
+    passes = (Canonicalize(), Quantize(slab), *adapt, Outline(), Differentiate(**options), Stream(hold=2), Schedule(slots=4))
+    final = squareq_fx.run(squareq_fx.capture(model, calls[0]), passes)
+    graphs = {stage.name: stage.graph for stage in program(final).history}
+    models = Staged(model, slab, graphs, dequantized(model, slab))
+    for call in calls:
+        adapters = adapters_for(final)
+        expected = by_autograd(models, call, adapters, inputs=options.get("inputs", ()))
+        for name in ("differentiate", "schedule"):
+            found = by_graph(graphs[name], models, call, adapters, cotangents_for(expected.outputs))
+            assert_equal(found, expected, limit)
+    return models, graphs["differentiate"]

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw", "lora", "adapters", "checkpoint"),
     (
         *("inference", "edit", "inlining", "liveness", "verify"),
-        *("activity", "vjp", "pullback", "halves", "loss"),
+        *("activity", "vjp", "pullback", "halves", "loss", "lowering"),
         *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
         *("runtime", "weights", "binding"),
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import laws
 import pytest
 import torch
-from gradients import adapters_for, assert_equal, by_autograd, by_graph, cotangents_for
-from hypothesis import example, given
+from gradients import adapters_for, assert_equal, by_autograd, by_graph, cotangents_for, differentiated
+from hypothesis import example, given, settings
 from models import (
     EXAMPLES,
     SIZES,
@@ -20,9 +21,7 @@ from models import (
     Seq,
     Spec,
     Staged,
-    dequantized,
     few,
-    make_slab,
     specs,
     staged,
     training,
@@ -32,7 +31,7 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx import Lora, PassError, ops
 from squareq_fx.ir import Level, adapter_inputs, functions, info, program
-from squareq_fx.passes import Adapt, Canonicalize, Differentiate, Outline, Quantize, Schedule, Stream
+from squareq_fx.passes import Adapt, Differentiate, Outline, Schedule, Stream
 
 ALL = Lora(rank=3, targets="all")
 INPUTS = ("x", "context")
@@ -81,11 +80,10 @@ def assert_notes(gm: fx.GraphModule, missing: set[tuple[str, str]]) -> None:
 SAVES = ["save", *(["offload"] if hasattr(ops, "offload") else [])]
 
 
-@few
-@given(specs())
+@settings(few, max_examples=3)
+@given(specs().filter(lambda spec: not spec.view))
 @example(EXAMPLES[0])
 @example(EXAMPLES[2])
-@example(EXAMPLES[3])
 def test_what_is_kept_changes_no_gradient(spec: Spec) -> None:
     """Saved activations, here or in host memory: autograd's gradients, from the pass to the arena.
 
@@ -228,40 +226,22 @@ def test_saving_recomputes_no_layer_and_keeps_no_weight() -> None:
 # ----------------------------------------------------------------------------------------------- outputs and inputs
 
 
-def differentiated(
-    model: nn.Module, call: dict[str, Any], lora: Lora | None = ALL, **options: Any
-) -> tuple[Staged, fx.GraphModule]:
-    """The graph with its backward, after its gradients were seen to be autograd's, streamed and placed."""
-    slab = make_slab(model, call)
-    captured = squareq_fx.capture(model, call)
-    adapt = () if lora is None else (Adapt(lora),)
-    passes = (Canonicalize(), Quantize(slab), *adapt, Outline(), Differentiate(**options), Stream(hold=2), Schedule(slots=4))
-    final = squareq_fx.run(captured, passes)
-    graphs = {stage.name: stage.graph for stage in program(final).history}
-    models = Staged(model, slab, graphs, dequantized(model, slab))
-    adapters = adapters_for(final)
-    expected = by_autograd(models, call, adapters, inputs=options.get("inputs", ()))
-    for name in ("differentiate", "schedule"):
-        assert_equal(by_graph(graphs[name], models, call, adapters, cotangents_for(expected.outputs)), expected)
-    return models, graphs["differentiate"]
-
-
 def test_several_outputs_of_which_some_have_no_gradient() -> None:
     def body(m: Any, x: torch.Tensor) -> Any:
         y = m.a(x)
         return y, x * 2, m.b(y), y.argmax(-1), y
 
     model = Function(body, a=nn.Linear(6, 6), b=nn.Linear(6, 4))
-    _, graph = differentiated(model, {"x": torch.randn(3, 6)})
+    _, graph = differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL)
     cotangents = [n for n in graph.graph.nodes if n.target is ops.cotangent]
     assert [n.args[1] for n in cotangents] == [0, 2, 4]
-    _, graph = differentiated(model, {"x": torch.randn(3, 6)}, None, inputs=("x",))
+    _, graph = differentiated(model, {"x": torch.randn(3, 6)}, inputs=("x",))
     assert [n.args[1] for n in graph.graph.nodes if n.target is ops.cotangent] == [0, 1, 2, 4]
 
 
 def test_a_layer_read_by_several_calls_gets_the_sum() -> None:
     model = Function(lambda m, x: m.b(m.a(m.a(x))) + m.a(x).sum(-1, keepdim=True), a=nn.Linear(6, 6), b=nn.Linear(6, 4))
-    differentiated(model, {"x": torch.randn(3, 6)}, inputs=("x",))
+    differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL, inputs=("x",))
 
 
 def test_an_adapter_with_no_influence_gets_a_note_and_no_gradient() -> None:
@@ -269,7 +249,7 @@ def test_an_adapter_with_no_influence_gets_a_note_and_no_gradient() -> None:
         return m.a(x) * (m.b(x) > 0) + m.c(x).detach()
 
     model = Function(body, a=nn.Linear(6, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 6))
-    _, graph = differentiated(model, {"x": torch.randn(3, 6)})
+    _, graph = differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL)
     assert [key for _, key in program(graph).gradients] == ["a.lora_A.weight", "a.lora_B.weight"]
     silent = [f"{layer}.lora_{side}.weight" for layer in "bc" for side in "AB"]
     assert list(program(graph).notes) == [f"{key} has no influence on the output and gets no gradient" for key in silent]
@@ -307,7 +287,7 @@ def test_an_active_operation_between_the_blocks_is_differentiated_too() -> None:
         return (m.layers[1](y * 2) - y).tanh()
 
     model = Function(body, layers=nn.ModuleList([Pair(), Pair()]))
-    models, graph = differentiated(model, {"x": torch.randn(3, 6)}, inputs=("x",))
+    models, graph = differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL, inputs=("x",))
     assert any(n.op == "call_function" and n.target is torch.ops.aten.mul.Tensor for n in models.graphs["outline"].graph.nodes)
     assert {"mul_vjp", "sub_vjp", "tanh_vjp"} <= set(functions(graph))
 
@@ -338,7 +318,7 @@ def test_an_unknown_mode_is_refused(save: Any) -> None:
 def test_outputs_that_depend_on_no_adapter_are_refused() -> None:
     model = Function(lambda m, x: m.a(x).detach(), a=nn.Linear(6, 6))
     with pytest.raises(PassError, match="no output of the model depends on an adapter"):
-        differentiated(model, {"x": torch.randn(3, 6)})
+        differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL)
 
 
 def test_it_needs_an_outlined_graph_that_is_not_streamed() -> None:
@@ -386,15 +366,15 @@ def test_an_operation_that_would_cut_a_gradient_is_refused_and_the_message_has_t
     operation = UNDIFFERENTIABLE[name]
     model = Function(lambda m, x: m.b(operation(m.a(x))), a=nn.Linear(6, 6), b=nn.Linear(6, 6))
     with pytest.raises(PassError) as error:
-        differentiated(model, {"x": torch.randn(3, 6)})
+        differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL)
     message = str(error.value)
     assert message.startswith(f"pass differentiate: squareq_fx_tests.{name}.default ({name})")
-    assert "torch.library.register_autograd" in message and "test_differentiate.py" in message and "model source:" in message
-    assert "While executing" not in message
+    assert "torch.library.register_autograd" in message and "While executing" not in message
+    assert re.search(r"model source: File .*(test_differentiate|models)\.py", message)
 
 
 @pytest.mark.parametrize("name", UNDIFFERENTIABLE)
 def test_where_no_gradient_flows_it_is_allowed(name: str) -> None:
     cut = UNDIFFERENTIABLE[name]
     model = Function(lambda m, x: m.b(m.a(x)) + cut(x) + m.c(cut(x)), **{n: nn.Linear(6, 6) for n in "abc"})
-    differentiated(model, {"x": torch.randn(3, 6)})
+    differentiated(model, {"x": torch.randn(3, 6)}, lora=ALL)

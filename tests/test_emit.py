@@ -315,7 +315,7 @@ def test_an_exception_inside_a_step_leaves_the_module_usable(
     module = toy.emit(backing=backing)
     expected = module(**toy.call)
     remaining = iter(range(at, -1, -1))
-    working = dispatch.int8_linear
+    working = dispatch.run_int8_linear
 
     def fails(*args: Any) -> torch.Tensor:
         if next(remaining) == 0:
@@ -323,7 +323,7 @@ def test_an_exception_inside_a_step_leaves_the_module_usable(
         return working(*args)
 
     with monkeypatch.context() as patched, pytest.raises(FloatingPointError, match="middle of a block"):
-        patched.setattr(dispatch, "int8_linear", fails)
+        patched.setattr(dispatch, "run_int8_linear", fails)
         module(**toy.call)
     for _ in range(2):
         assert torch.equal(module(**toy.call), expected)

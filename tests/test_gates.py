@@ -199,7 +199,7 @@ def test_gate1_running_without_weights_raises(family: str) -> None:
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     real = [torch.zeros([2 if isinstance(s, torch.SymInt) else s for s in val.shape], dtype=val.dtype) for val in inputs]
     with pytest.raises(RuntimeStateError, match=r"ran without weights: no runtime is active"):
-        module.__dict__["_run_graph"](module, *real)
+        module.__dict__["_run_graph"](*real)
 
 
 @pytest.mark.parametrize("family", ["toy", "sdxl"])

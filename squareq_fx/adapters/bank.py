@@ -111,8 +111,8 @@ class AdapterBank:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise RuntimeStateError(
-                f"adapter {name!r} does not fit the compiled module: {'; '.join(problems[:5])}{more}. Compile with lora targets "
-                'that cover its layers ("attention", "attention+ff" or "all").'
+                f"adapter {name!r} does not fit the compiled module: {'; '.join(problems[:5])}{more}. Compile with lora "
+                'targets that cover its layers ("attention", "attention+ff" or "all").'
             )
         self._add(name, {layer: adapter.layers[layer] for layer in self.slots if layer in adapter.layers})
 

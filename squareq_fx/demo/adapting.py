@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import squareq_fx
 from squareq_fx import CompiledModule
-from squareq_fx.demo.finetune import (
-    Batch,
-    Curve,
-    Recipe,
-    evaluate,
-    flow_matching_loss,
-    make_batch,
-    make_batches,
-    predict,
-    train,
-)
+from squareq_fx.demo.finetune import Batch, Curve, Recipe, evaluate, flow_matching_loss, predict, train
 from squareq_fx.demo.judge import agreement, fit_judge, judge_available
+from squareq_fx.demo.lesson import Lesson, make_lesson
 from squareq_fx.demo.model import load_digits_model
 from squareq_fx.demo.peft_arm import inject, peft_available
-from squareq_fx.demo.pictures import Pictures, Split, drawn_digits, real_digits, split
 from squareq_fx.demo.results import BaseCheck, FineTuning, SizeRow, StyleRow
 from squareq_fx.demo.sampling import STEPS, sample_digits
 from squareq_fx.demo.stages import Advance, Stages
-from squareq_fx.demo.style import italic, slant
+from squareq_fx.demo.style import slant
 from squareq_fx.demo.timeline import Timeline, arena_spans, timeline_of
 from squareq_fx.runtime import StepReport
 from squareq_fx.slab import Slab
 
 __all__ = ["fine_tune"]
-
-_EVALUATION_SEED = 1
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """The digits before and after they are made italic, and what is trained and evaluated on."""
-
-    plain: Split
-    styled: Split
-    source: str
-    batches: list[Batch]
-    held_out: Batch
-    upright_held_out: Batch
 
 
 def fine_tune(
@@ -71,7 +46,7 @@ def fine_tune(
     """
     digest = _sha256(slab.path)
     with stages.stage("make digits italic"):
-        lesson = _lesson(model, columns, recipe)
+        lesson = make_lesson(model, recipe, held_out=columns)
     with ExitStack() as stack:
         with stages.stage("compile with an adapter"):
             gm = _compile(model, slab, recipe)
@@ -116,23 +91,6 @@ def fine_tune(
         )
 
 
-def _lesson(model: torch.nn.Module, columns: int, recipe: Recipe) -> _Lesson:
-    if judge_available():
-        digits, source = real_digits(), "scikit-learn's handwritten digits"
-    else:
-        digits, source = drawn_digits(model), "drawn by the float model, as scikit-learn is not installed"
-    plain = split(digits, held_out=columns, seed=recipe.seed)
-    styled = Split(_made_italic(plain.training), _made_italic(plain.held_out))
-    held_out, upright = (
-        make_batch(part.held_out, torch.Generator().manual_seed(_EVALUATION_SEED)) for part in (styled, plain)
-    )
-    return _Lesson(plain, styled, source, make_batches(styled.training, recipe), held_out, upright)
-
-
-def _made_italic(pictures: Pictures) -> Pictures:
-    return Pictures(italic(pictures.images), pictures.labels)
-
-
 def _compile(model: torch.nn.Module, slab: Slab, recipe: Recipe) -> CompiledModule:
     """The random half of the adapter comes from torch's own generator, which is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
@@ -144,7 +102,7 @@ def _compile(model: torch.nn.Module, slab: Slab, recipe: Recipe) -> CompiledModu
 def _train(
     denoiser: torch.nn.Module,
     parameters: list[torch.nn.Parameter],
-    lesson: _Lesson,
+    lesson: Lesson,
     recipe: Recipe,
     advance: Advance,
 ) -> Curve:
@@ -179,7 +137,7 @@ def _through_file(gm: CompiledModule, folder: Path, batch: Batch) -> tuple[Path,
         return file, (predict(gm, batch) - trained).abs().max().item()
 
 
-def _judge(lesson: _Lesson, before: torch.Tensor, after: torch.Tensor, peft_after: torch.Tensor | None) -> list[StyleRow]:
+def _judge(lesson: Lesson, before: torch.Tensor, after: torch.Tensor, peft_after: torch.Tensor | None) -> list[StyleRow]:
     """Each set of digits against judges that were shown upright digits only, and italic ones only."""
     sets = {"adapter off": before, "adapter on": after}
     if peft_after is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ def describe_environment(device: torch.device) -> list[tuple[str, str]]:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     return [
         ("squareq_fx", __version__),
-        *((name, version(name)) for name in ("torch", "diffusers")),
+        *((name, _version(name)) for name in ("torch", "diffusers", "peft", "scikit-learn")),
         ("Python", platform.python_version()),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("processor", f"{processor_name()}; {os.cpu_count()} cores, torch on {torch.get_num_threads()}"),
@@ -37,3 +37,10 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
             if key.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

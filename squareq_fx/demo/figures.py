@@ -68,8 +68,8 @@ def timeline_figure(timeline: Timeline, parts: Sequence[str] = ()) -> str:
         top.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.22))
         for start, name in zip(timeline.starts, parts):
             top.annotate(name, (start, 0.97), (6, 0), top.get_xaxis_transform(), "offset points", va="top", color=MUTED)
-            for axes in (top, bottom):
-                axes.axvline(start, color=MUTED, linewidth=1)
+            top.axvline(start, color=MUTED, linewidth=1)
+            bottom.axvline(start, color=MUTED, linewidth=1, zorder=0)  # behind the blocks and their names
         _draw_stays(bottom, timeline)
         bottom.set(
             xlim=(0, times[-1]),

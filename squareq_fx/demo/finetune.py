@@ -21,9 +21,9 @@ _LABEL_DROP = 0.1
 class Recipe:
     """How to fine-tune. `targets` is that of `squareq_fx.Lora`, `lr` the highest learning rate of AdamW."""
 
-    steps: int = 150
-    batch: int = 64
-    lr: float = 4e-3
+    steps: int = 120
+    batch: int = 48
+    lr: float = 6e-3
     warmup: int = 10
     rank: int = 8
     targets: str = "attention+ff"

@@ -16,8 +16,8 @@ def style_figure(tuning: FineTuning) -> str:
     grids = {"Adapter off": tuning.before, "Adapter on": tuning.after}
     if tuning.peft_after is not None:
         grids["PEFT, float model"] = tuning.peft_after
-    grids["Made italic, held out"] = tuning.targets
-    with styled(11.5, 3.6) as figure:
+    grids["Held-out digits, italic"] = tuning.targets
+    with styled(11.5, 3.95) as figure:
         for index, (axes, (title, samples)) in enumerate(zip(figure.subplots(1, len(grids)), grids.items())):
             show_grid(axes, samples, labelled=index == 0)
             axes.set_title(title)
@@ -36,7 +36,8 @@ def loss_figure(tuning: FineTuning) -> str:
         _draw_curve(left, ours, "adapter on streamed INT8", color=BLUE, width=3.2, dashed=False)
         if peft is not None:
             _draw_curve(left, peft, "PEFT on the float model", color=ORANGE, width=1.6, dashed=True)
-        left.axhline(tuning.upright_loss, color=GREEN, linewidth=1, linestyle=(0, (1, 2)), label="float model on upright digits")
+        upright = "float model on upright digits"
+        left.axhline(tuning.upright_loss, color=GREEN, linewidth=1, linestyle=(0, (1, 2)), label=upright)
         left.set(
             xlim=(0, ours.held_out[-1][0]),
             ylim=(0, 1.08 * max(ours.start, ours.training[0])),
@@ -60,7 +61,8 @@ def _draw_difference(axes: Axes, ours: Curve, peft: Curve) -> None:
     reach = 1.25 * max(max(map(abs, differences)), 1e-6)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.plot(range(len(differences)), differences, color=BLUE, linewidth=1)
-    axes.plot(*zip(*((step, a - b) for (step, a), (_, b) in zip(ours.held_out, peft.held_out))), "o", color=BLUE, markersize=4)
+    held_out = [(step, a - b) for (step, a), (_, b) in zip(ours.held_out, peft.held_out)]
+    axes.plot(*zip(*held_out), "o", color=BLUE, markersize=4, clip_on=False)
     axes.set(
         xlim=(0, ours.held_out[-1][0]),
         ylim=(-reach, reach),

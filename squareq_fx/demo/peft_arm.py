@@ -37,8 +37,9 @@ def inject(model: torch.nn.Module, adapter: Adapter, name: str = "default") -> d
     if len(sizes) != 1:
         raise ValueError(f"the layers have several ranks and alphas, {sorted(sizes)}; give them one of each")
     ((rank, alpha),) = sizes
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(adapter.layers))
-    inject_adapter_in_model(config, model, adapter_name=name)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(adapter.layers))  # type: ignore[arg-type]  # any number
+    with torch.random.fork_rng(devices=[]):  # PEFT's own random start is not used
+        inject_adapter_in_model(config, model, adapter_name=name)
     model.eval()
     trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     values = {}

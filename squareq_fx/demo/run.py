@@ -64,6 +64,7 @@ def run_demo(output: Path, *, open_browser: bool = False, recipe: Recipe | None 
         report = _run(Path(scratch), path.parent / _ADAPTER, recipe or Recipe(), stages)
         write_report(report, path)
     console.print(_summary(report))
+    console.print(f"adapter: {report.tuning.adapter}", soft_wrap=True, highlight=False)
     if open_browser:
         webbrowser.open(path.as_uri())
     return path
@@ -203,9 +204,7 @@ def _summary(report: Report) -> Table:
     table.add_row("loss on italic digits", _fall(tuning.curve.start, tuning.curve.end))
     if tuning.peft_curve is not None:
         table.add_row("the same, PEFT on float", _fall(tuning.peft_curve.start, tuning.peft_curve.end))
-    changed = "unchanged" if tuning.base.is_unchanged else "CHANGED"
-    table.add_row("base model after training", changed)
-    table.add_row("adapter", str(tuning.adapter))
+    table.add_row("base model after training", "unchanged" if tuning.base.is_unchanged else "CHANGED")
     table.add_row("time", f"{sum(seconds for _, seconds in report.stages):.0f} s")
     return table
 

@@ -52,7 +52,7 @@ class Engine(Protocol):
         """A copy of x in host memory, made beside the current stream's further work; the mark says when it is there."""
 
     def from_host(self, host: torch.Tensor, after: Mark) -> tuple[torch.Tensor, Mark]:
-        """A copy on the device, made on the copy stream after the mark; the current stream may read it after the one returned."""
+        """A copy on the device, made on the copy stream after the mark; to be read after the mark that is returned."""
 
     def mark_copy(self) -> Mark: ...
 

@@ -190,7 +190,7 @@ class Runtime:
     def keep(self, weights: torch.Tensor, block: str, visit: int) -> None:
         """Like `evict`, but a load of the same visit to the same place in the next step finds the bytes still there.
 
-        They give way to any other claim on their place in the arena, and are given back after a step that does not ask for them.
+        They give way to any other claim on their place in the arena, and go after a step that does not ask for them.
 
         Raises:
             RuntimeStateError: as for `evict`.

@@ -1,0 +1,102 @@
+"""What runs in place of a graph: the same graph with our own operations called directly, past torch's dispatcher.
+
+A registered operation written in Python costs the host some tens of microseconds a call, which a large model pays thousands of
+times a step and a fast card cannot hide. The graph that is printed, checked and edited keeps the operations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from squareq_fx import ops
+from squareq_fx.ir import functions
+
+__all__ = ["Lowered", "lowered"]
+
+
+def lowered(gm: fx.GraphModule) -> fx.GraphModule:
+    """A twin that computes the same bits, without gradients; `gm` is unchanged. Parameters and buffers are shared."""
+    root = nn.Module()
+    for name, child in functions(gm).items():
+        root.add_module(name, lowered(child))
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            _share(root, str(node.target), operator.attrgetter(str(node.target))(gm))
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].target = _DIRECT.get(node.target, node.target)
+    return fx.GraphModule(root, graph, class_name=f"Lowered{type(gm).__name__}")
+
+
+class Lowered:
+    """The twin of a graph, made anew when the graph, one of its functions, or one of its own tensors has been replaced.
+
+    Under a `TorchDispatchMode`, which is there to see every operation, the graph itself runs.
+
+    Args:
+        plain: runs the graph itself; default: `gm`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, plain: Callable[..., Any] | None = None) -> None:
+        self._gm = gm
+        self._plain = plain or gm
+        self._made_of: tuple[Any, ...] = ()
+        self._twin: fx.GraphModule | None = None
+        self._tensors: tuple[Callable[[Any], Any], ...] = ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _get_current_dispatch_mode() is not None:
+            return self._plain(*arguments)
+        made_of = self._state()
+        if self._twin is None or made_of != self._made_of:
+            paths = (str(n.target) for n in self._gm.graph.nodes if n.op == "get_attr")
+            self._tensors = tuple(operator.attrgetter(path) for path in paths)
+            self._twin, self._made_of = lowered(self._gm), self._state()
+        return self._twin(*arguments)
+
+    def _state(self) -> tuple[Any, ...]:
+        codes = (child._code for child in functions(self._gm).values())
+        return (self._gm._code, *codes, *(id(tensor(self._gm)) for tensor in self._tensors))
+
+
+def _share(root: nn.Module, path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    setattr(root, leaf, value)
+
+
+def _unpack(weights: torch.Tensor, offset: int, size: list[int], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = dtype.itemsize
+    for extent in size:
+        nbytes *= extent
+    return weights[offset : offset + nbytes].view(dtype).view(size) if nbytes else weights[:0].view(dtype).view(size)
+
+
+def _int8_linear(*arguments: Any) -> torch.Tensor:
+    from squareq_fx.kernels.dispatch import run_int8_linear
+
+    return run_int8_linear(*arguments)
+
+
+def _int8_linear_dx(*arguments: Any) -> torch.Tensor:
+    from squareq_fx.kernels.dispatch import run_int8_linear_dx
+
+    return run_int8_linear_dx(*arguments)
+
+
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    ops.unpack: _unpack,
+    ops.int8_linear: _int8_linear,
+    ops.int8_linear_dx: _int8_linear_dx,
+}
