@@ -14,17 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squareq_fx.demo.figures import LayerFidelity
+from squareq_fx.demo.finetune import Curve, Recipe
 from squareq_fx.demo.report import (
     PassRow,
     Report,
     Similarity,
-    SizeRow,
     format_bytes,
     format_seconds,
     highlight,
     render,
     write_report,
 )
+from squareq_fx.demo.results import BaseCheck, FineTuning, SizeRow, StyleRow
 from squareq_fx.demo.timeline import Residency, Timeline
 
 SVG = '<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="9"><title>drawn</title></svg>'
@@ -37,6 +38,37 @@ TIMELINE = Timeline(
     arena_bytes=8192,
     step_ms=8.0,
 )
+
+
+TRAINING_STEP = Timeline(
+    in_use=((1.0, 4096), (4.0, 4096), (9.0, 0)),
+    stays=(Residency("transformer_blocks.0", 0, 1.0, 1.0, 9.0, 0, 4096),),
+    arena_bytes=4096,
+    step_ms=10.0,
+    starts=(0.0, 5.0),
+)
+
+
+def make_tuning() -> FineTuning:
+    samples = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return FineTuning(
+        recipe=Recipe(steps=3, batch=17, lr=0.0125),
+        source="<someone's> digits",
+        targets=samples,
+        before=samples.flip(0),
+        after=samples.flip(1),
+        peft_after=samples.flip(2),
+        curve=Curve((1.2, 1.1, 0.9), ((0, 1.2345), (3, 0.6789)), 0.111),
+        peft_curve=Curve((1.2, 1.1, 0.8), ((0, 1.2222), (3, 0.5678)), 0.222),
+        upright_loss=0.3,
+        layers=24,
+        parameters=73728,
+        rows=[StyleRow("adapter off", -2.25, 0.975, 0.25), StyleRow("adapter on", 22.75, 0.625, 0.9875)],
+        base=BaseCheck("ab" * 32, "ab" * 32, 1280, 0, 0.0),
+        sizes=[SizeRow("all streamed weights", 54321, "streamed"), SizeRow("adapter file", 2222, "written")],
+        timeline=TRAINING_STEP,
+        adapter=Path("adapter.safetensors"),
+    )
 
 
 def make_report() -> Report:
@@ -58,6 +90,7 @@ def make_report() -> Report:
         calls=4,
         functions=3,
         timeline=TIMELINE,
+        tuning=make_tuning(),
         sizes=[SizeRow("slab", 12345, "on disk")],
         passes=[PassRow("capture", 10, 2, 30, "traced", 0.5)],
         stages=[("build", 1.5), ("compile", 20.0)],
@@ -112,6 +145,54 @@ def test_page_shows_every_part_and_escapes_text() -> None:
 def test_classifier_is_optional() -> None:
     page = render(dataclasses.replace(make_report(), recognised=None))
     assert "Install scikit-learn" in page and "recognises" not in page
+
+
+def table_after(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table behind a heading, as text."""
+    table = page[page.index("<table", page.index(heading)) :]
+    rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[" ".join(html.unescape(re.sub(r"<[^>]*>", "", cell)).split()) for cell in row] for row in cells]
+
+
+def test_page_has_the_fine_tuning_s_figures_in_their_places() -> None:
+    page = render(make_report())
+    _, *styles = table_after(page, "How italic")
+    assert styles == [["adapter off", "-2.2°", "97.5%", "25.0%"], ["adapter on", "22.8°", "62.5%", "98.8%"]]
+    _, *losses = table_after(page, "The loss falls")
+    assert losses == [
+        ["adapter on streamed INT8", "1.2345", "0.6789", "111 ms"],
+        ["PEFT on the float model", "1.2222", "0.5678", "222 ms"],
+    ]
+    before, after, drawn, reloaded = [row[1] for row in table_after(page, "The base is what it was")]
+    assert after == f"{before} unchanged" and before.startswith("abab")
+    assert drawn == "0 of 1,280 pixel values differ" and reloaded == "every output is the same, bit for bit"
+    assert table_after(page, "Memory of one training step")[1] == ["all streamed weights", "54,321", "53.0 KiB", "streamed"]
+    for part in ("Adapter off", "Adapter on", "PEFT, float model", "Held-out digits, italic"):
+        assert part in page, part
+    assert "&lt;someone&#39;s&gt;" in page and "0.0125" in page
+    assert "pip install" not in page
+
+
+def test_page_says_what_is_not_installed() -> None:
+    rows = [StyleRow("adapter off", -2.25, None, None)]
+    alone = dataclasses.replace(make_tuning(), rows=rows, peft_after=None, peft_curve=None)
+    page = render(dataclasses.replace(make_report(), tuning=alone))
+    links = Links()
+    links.feed(page)
+    assert not links.open
+    assert table_after(page, "How italic") == [["digits", "slant to the right"], ["adapter off", "-2.2°"]]
+    assert "PEFT is not installed" in page and "Install scikit-learn to train on real digits" in page
+    assert "PEFT, float model" not in page and "INT8 minus PEFT" not in page and "PEFT on the float model<" not in page
+    assert "adapter on streamed INT8" in page
+
+
+def test_page_tells_when_training_changed_the_base() -> None:
+    broken = BaseCheck("ab" * 32, "cd" * 32, 1280, 7, 0.125)
+    assert not broken.is_unchanged and not dataclasses.replace(broken, slab_after="ab" * 32).is_unchanged
+    page = render(dataclasses.replace(make_report(), tuning=dataclasses.replace(make_tuning(), base=broken)))
+    for part in ("CHANGED", "7 of 1,280 pixel values differ", "outputs differ by up to 0.125"):
+        assert part in page, part
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -69,3 +69,26 @@ def test_resident_blocks_are_left_out_and_a_prefetch_of_the_step_before_starts_a
     events = (MemoryEvent(1.0, "load", "resident", 0, 256), MemoryEvent(2.0, "evict", "a", 0, 0))
     (stay,) = timeline_of(Recorded(events), {("a", 0): (512, 256)}).stays  # type: ignore[arg-type]
     assert (stay.name, stay.claimed, stay.loaded, stay.evicted, stay.offset) == ("a", 0.0, None, 2000.0, 512)
+
+
+@given(st.lists(steps(), min_size=1, max_size=3))
+def test_several_steps_are_as_one_after_the_other(recorded: list[Recorded]) -> None:
+    spans = {(e.block, e.visit): (0, SIZES[e.block]) for step in recorded for e in step.events}
+    timeline = timeline_of(recorded, spans)  # type: ignore[arg-type]
+    parts = [timeline_of(step, spans) for step in recorded]  # type: ignore[arg-type]
+    assert timeline.step_ms == sum(part.step_ms for part in parts) and timeline.starts[0] == 0
+    assert timeline.in_use == tuple(
+        (start + ms, held) for start, part in zip(timeline.starts, parts) for ms, held in part.in_use
+    )
+    assert all(0 <= s.claimed <= (s.loaded or s.claimed) <= s.evicted <= timeline.step_ms for s in timeline.stays)
+
+
+def test_a_block_kept_from_one_step_to_the_next_has_one_stay() -> None:
+    forward = Recorded((MemoryEvent(0.0, "prefetch", "a", 0, 256), MemoryEvent(1.0, "load", "a", 0, 256),
+                        MemoryEvent(2.0, "keep", "a", 0, 256)))  # fmt: skip
+    backward = Recorded((MemoryEvent(0.0, "load", "a", 0, 256), MemoryEvent(1.0, "evict", "a", 0, 0)))
+    timeline = timeline_of([forward, backward], {("a", 0): (0, 256)})  # type: ignore[list-item]
+    (stay,) = timeline.stays
+    assert (stay.claimed, stay.loaded, stay.evicted) == (0.0, 1000.0, 4000.0) and timeline.starts == (0.0, 3000.0)
+    (alone,) = timeline_of(forward, {("a", 0): (0, 256)}).stays  # type: ignore[arg-type]
+    assert alone.evicted == 3000.0  # nobody took it: it lasts as long as the step

