@@ -174,7 +174,7 @@ def test_without_scikit_learn_and_peft_the_model_teaches_itself(
     stages = Stages(Console(file=io.StringIO()))
     result = run(base, tmp_path / "adapter", Recipe(steps=12, batch=16), stages)
     assert result.peft_curve is None and result.peft_after is None
-    assert "drawn by the float model" in result.source
+    assert "digits the float model drew" in result.source
     assert all(row.upright is None and row.italic is None for row in result.rows)
     assert result.curve.end < 0.8 * result.curve.start and result.base.is_unchanged
     assert not any("PEFT" in name for name, _ in stages.seconds)

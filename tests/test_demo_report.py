@@ -159,7 +159,7 @@ def test_page_has_the_fine_tuning_s_figures_in_their_places() -> None:
     page = render(make_report())
     _, *styles = table_after(page, "How italic")
     assert styles == [["adapter off", "-2.2°", "97.5%", "25.0%"], ["adapter on", "22.8°", "62.5%", "98.8%"]]
-    _, *losses = table_after(page, "The loss falls")
+    _, *losses = table_after(page, "<h3>Loss on italic digits")
     assert losses == [
         ["adapter on streamed INT8", "1.2345", "0.6789", "111 ms"],
         ["PEFT on the float model", "1.2222", "0.5678", "222 ms"],

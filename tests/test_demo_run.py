@@ -110,7 +110,7 @@ def test_int8_model_agrees_with_the_float_one(demo: Demo) -> None:
 
 def test_page_says_what_the_fine_tuning_gave(demo: Demo) -> None:
     tuning = demo.report.tuning
-    _, *losses = table_after(demo.page, "The loss falls")
+    _, *losses = table_after(demo.page, "<h3>Loss on italic digits")
     curves = [curve for curve in (tuning.curve, tuning.peft_curve) if curve is not None]
     assert [row[1:3] for row in losses] == [[f"{c.start:.4f}", f"{c.end:.4f}"] for c in curves]
     assert tuning.curve.end < 0.7 * tuning.curve.start

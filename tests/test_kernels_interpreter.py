@@ -35,7 +35,7 @@ def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[st
 
 def test_the_kernel_tests_pass_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    modules = [str(HERE / f"test_kernels_{name}.py") for name in ("linear", "dequantize", "tuning")]
+    modules = [str(HERE / f"test_kernels_{name}.py") for name in ("linear", "dx", "dequantize", "tuning")]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", "-k", "not hopper"]
     result = run("-m", "pytest", *options, *modules, interpret="1")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -10,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from gradients import adapters_for
 from laws import bits, l2
 from models import Attend, Function, Mlp, Norm, Residual, Seq, Spec, Staged, make_slab, make_staged, seeded, training
+from models import staged as without_adapters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import squareq_fx
-from squareq_fx import BindingError, CompiledModule, Lora, RuntimeStateError, ops
+from squareq_fx import BindingError, CompiledModule, Lora, RuntimeStateError
 from squareq_fx.emit import emit
 from squareq_fx.ir import program
 from squareq_fx.runtime import Runtime
 
 SPEC = Spec(Seq((Residual(Seq((Norm(), Attend()))), Residual(Mlp(53)))), repeat=4, labels=True)
 CALL = SPEC.inputs()
-BUCKETS = ((2, 5, 3), (1, 9, 4), (3, 4, 6), (1, 1, 1))
+BUCKETS = ((2, 5, 3), (1, 9, 4), (3, 4, 6), (1, 1, 2))
 
 
 def staged(save: str = "recompute", inputs: tuple[str, ...] = ()) -> Staged:
@@ -37,10 +38,7 @@ def fresh(save: str = "recompute", inputs: tuple[str, ...] = (), **options: Any)
     module = emit(models.graphs["schedule"], models.model, models.slab, **options)
     with torch.no_grad(), seeded(3):
         for name, parameter in module.adapter_parameters().items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape) * 0.2)
-            else:
-                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape) * (0.1 if "lora_B" in name else 0.2))
     return module
 
 
@@ -94,20 +92,14 @@ def test_gate4_as_compiled_b_is_zero_a_is_pefts_and_the_output_is_the_base_model
             assert p.shape == (layer.orig_shape[0], 4) and not p.any()
         else:
             bound = 1 / layer.orig_shape[1] ** 0.5  # kaiming_uniform(a=sqrt(5))
-            assert p.shape == (4, layer.orig_shape[1]) and 0.5 * bound < float(p.abs().max()) <= bound
-    base = emit(training_base().graphs["schedule"], models.model, models.slab)
+            assert p.shape == (4, layer.orig_shape[1]) and 0.5 * bound < float(p.detach().abs().max()) <= bound
+    base = emit(without_adapters(SPEC).graphs["schedule"], models.model, models.slab)
     with torch.no_grad():
         assert torch.equal(module(**CALL), base(**CALL))
     with torch.no_grad():
         assert l2(module(**CALL), models.dequantized(**CALL)) < 1e-5
     found = gradient_of(module)
     assert all((float(g.norm()) > 0) == ("lora_B" in name) for name, g in found.items())  # type: ignore[union-attr]
-
-
-def training_base() -> Staged:
-    from models import staged as without_adapters
-
-    return without_adapters(SPEC)
 
 
 def test_doubling_alpha_doubles_the_branch() -> None:
@@ -214,8 +206,6 @@ def test_the_output_may_go_into_the_input_again() -> None:
 
 def peft_model(models: Staged, module: CompiledModule) -> nn.Module:
     """The dequantised model with PEFT's own adapters, and the module's values in them."""
-    import copy
-
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [name.removesuffix(".lora_A.default.weight") for name in module.adapter_parameters() if ".lora_A." in name]
@@ -244,8 +234,9 @@ def test_retain_graph(module: CompiledModule) -> None:
 def test_a_second_derivative_is_refused(module: CompiledModule) -> None:
     parameters = list(module.parameters())
     found = torch.autograd.grad(loss_of(module(**CALL)), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
-        torch.autograd.grad(sum(g.square().sum() for g in found), parameters)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(g.square().sum() for g in found).backward()
+    module.zero_grad()
     assert all(g is not None for g in gradient_of(module).values())
 
 
@@ -307,7 +298,7 @@ def test_an_optimizer_in_the_backward(module: CompiledModule) -> None:
         p.register_post_accumulate_grad_hook(step)
     loss_of(module(**CALL)).backward()
     for name, p in module.named_parameters():
-        assert torch.equal(p, before[name] - 0.1 * expected[name]), name  # type: ignore[operator]
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * expected[name])  # type: ignore[operator]
 
 
 def test_inputs_get_gradients_where_it_was_asked_for() -> None:
@@ -372,8 +363,7 @@ def test_buckets_of_several_resolutions_from_one_compile(module: CompiledModule)
             reference.zero_grad()
             assert found.keys() == expected.keys()
             for name, gradient in expected.items():
-                # With one context token the softmax has one entry, and the gradient by q and k is zero up to rounding.
-                assert l2(found[name], gradient) < 1e-5 or float(gradient.norm()) < 1e-7, (sizes, name)  # type: ignore[arg-type]
+                assert l2(found[name], gradient) < 1e-5, (sizes, name)  # type: ignore[arg-type]
     assert module.graph is graph and module.training_step.halves is halves  # type: ignore[union-attr]
 
 
@@ -434,23 +424,24 @@ def test_gate3_what_autograd_keeps_are_activations(save: str) -> None:
         assert tensor.dtype != torch.int8
     shapes = {tuple(layer.orig_shape) for layer in slab.layers.values()}
     assert not [t.shape for t in kept if tuple(t.shape) in shapes | {shape[::-1] for shape in shapes}]
-    activations = sum(t.numel() for t in kept) - sum(p.numel() for p in module.parameters()) - sum(t.numel() for t in CALL.values())
+    own = [*module.parameters(), *CALL.values()]
+    activations = sum(t.numel() for t in kept) - sum(t.numel() for t in own)
     stream = CALL["x"].shape[0] * CALL["x"].shape[1] * SPEC.width
     assert (activations <= 6 * stream) == (save == "recompute")
     module.shutdown()
 
 
 class _Watch(TorchDispatchMode):
-    """Float tensors of a quantised weight's shape made outside the kernels that read int8 rows."""
+    """Float tensors of a quantised weight's shape, wherever they are made."""
 
     def __init__(self, shapes: set[tuple[int, ...]]) -> None:
         super().__init__()
-        self.shapes, self.made, self.products = shapes, [], []
+        self.shapes, self.seen = shapes, 0
+        self.made: list[tuple[Any, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (ops.int8_linear, ops.int8_linear_dx):
-            self.products.append(func)
+        self.seen += 1
         for leaf in result if isinstance(result, tuple | list) else (result,):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and tuple(leaf.shape) in self.shapes:
                 self.made.append((func, tuple(leaf.shape)))
@@ -461,11 +452,14 @@ def test_gate3_no_float_copy_of_a_weight_is_made_in_training(module: CompiledMod
     call = SPEC.inputs(3, 13, 5)
     shapes = {tuple(layer.orig_shape) for layer in staged().slab.layers.values()}
     shapes |= {tuple(layer.packed_shape) for layer in staged().slab.layers.values()}
-    embedding = {tuple(staged().model.get_parameter("classes.weight").shape)}
-    watch = _Watch(shapes | {shape[::-1] for shape in shapes} - embedding)
+    embedding = tuple(staged().model.get_parameter("classes.weight").shape)  # rightly float, and as large as the head
+    watch = _Watch((shapes | {shape[::-1] for shape in shapes}) - {embedding, embedding[::-1]})
     with watch:
         loss_of(module(**call)).backward()
-    assert not watch.made
+    assert not watch.made and watch.seen > 500
+    with watch:
+        torch.zeros(next(iter(watch.shapes)))
+    assert watch.made
 
 
 def test_masters_are_the_only_float_weights_that_live_on(module: CompiledModule) -> None:
@@ -523,9 +517,12 @@ def _resident_set() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform.startswith("linux") else 0
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam])
+OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
 def test_any_optimizer(make: Callable[..., torch.optim.Optimizer], module: CompiledModule) -> None:
-    optimizer = make(module.parameters(), lr=1e-2)
+    optimizer = make(module.parameters(), lr=1e-3)
     first = last = None
     for _ in range(8):
         optimizer.zero_grad()
@@ -592,7 +589,7 @@ def test_the_state_dict_is_the_adapters(module: CompiledModule) -> None:
         lambda m: nn.ModuleDict({"unet": m}).to(dtype=torch.bfloat16),
     ],
 )
-def test_gate14_casts_leave_masters_and_weights_as_they_are(cast: Callable[[nn.Module], object], module: CompiledModule) -> None:
+def test_gate14_casts_leave_masters_and_weights_alone(cast: Callable[[nn.Module], object], module: CompiledModule) -> None:
     expected, weights = gradient_of(module), bits(staged().slab.data)
     before = {name: (id(p), bits(p)) for name, p in module.named_parameters()}
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
@@ -680,4 +677,3 @@ def test_value_and_grad_is_the_same_step(module: CompiledModule) -> None:
         target = torch.randn(1, 9, 11)
     _, found = step(params, bigger, target)
     assert same(found, gradient_of(module, bigger))  # type: ignore[arg-type]
-    assert adapters_for(module.training_step.whole)  # type: ignore[union-attr]

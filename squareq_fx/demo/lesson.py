@@ -35,7 +35,7 @@ def make_lesson(model: torch.nn.Module, recipe: Recipe, held_out: int) -> Lesson
     if has_real_digits():
         digits, source = real_digits(), "scikit-learn's handwritten digits"
     else:
-        digits, source = drawn_digits(model), "drawn by the float model, as scikit-learn is not installed"
+        digits, source = drawn_digits(model), "digits the float model drew (scikit-learn is not installed)"
     plain = split(digits, held_out, recipe.seed)
     styled = Split(_made_italic(plain.training), _made_italic(plain.held_out))
     evaluated, upright = (
