@@ -231,7 +231,8 @@ class _Backward:
         for i, value in values.items():
             set_info(found[i], arguments=info(value).arguments)
             value.replace_all_uses_with(found[i])
-            self.adjoint[found[i]] = self.adjoint.pop(value, self.adjoint.get(found[i]))  # type: ignore[assignment]
+            if value in self.adjoint:
+                self.adjoint[found[i]] = self.adjoint.pop(value)
         for value in dict.fromkeys((*values.values(), node)):
             if not value.users:
                 self.gm.graph.erase_node(value)

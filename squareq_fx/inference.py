@@ -87,7 +87,7 @@ def new_size(mode: Any, name: str) -> torch.SymInt:
 
     sizes = _SIZES.setdefault(mode, {})
     if name not in sizes:
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         tensor = mode.from_tensor(torch.empty(_HINT), symbolic_context=context, source=ConstantSource(name))
         sizes[name] = tensor.shape[0]
     return sizes[name]

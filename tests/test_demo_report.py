@@ -164,7 +164,7 @@ def test_page_has_the_fine_tuning_s_figures_in_their_places() -> None:
         ["adapter on streamed INT8", "1.2345", "0.6789", "111 ms"],
         ["PEFT on the float model", "1.2222", "0.5678", "222 ms"],
     ]
-    before, after, drawn, reloaded = [row[1] for row in table_after(page, "The base is what it was")]
+    before, after, drawn, reloaded = [row[1] for row in table_after(page, "<h3>The base after training")]
     assert after == f"{before} unchanged" and before.startswith("abab")
     assert drawn == "0 of 1,280 pixel values differ" and reloaded == "every output is the same, bit for bit"
     assert table_after(page, "Memory of one training step")[1] == ["all streamed weights", "54,321", "53.0 KiB", "streamed"]

@@ -119,7 +119,7 @@ def test_page_says_what_the_fine_tuning_gave(demo: Demo) -> None:
     if judge_available():
         upright, ital = (float(cell.rstrip("%")) for cell in styles["adapter off"][1:])
         assert upright >= 90 > ital
-    base = [row[1] for row in table_after(demo.page, "The base is what it was")]
+    base = [row[1] for row in table_after(demo.page, "<h3>The base after training")]
     assert base[1].endswith("unchanged") and base[2].startswith("0 of 5,120") and "bit for bit" in base[3]
     assert torch.equal(tuning.before, demo.report.int8_samples)
     assert "CHANGED" not in demo.page
