@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterator
@@ -155,14 +156,16 @@ def test_training_streams_through_an_arena_smaller_than_the_model(tuned: FineTun
     assert orders == [[0, 1, 2, 3], [2, 1, 0]]  # and the last block stays from one to the other
 
 
-def test_the_same_seed_gives_the_same_bytes(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
+def test_the_same_seed_gives_the_same_training_bit_for_bit(
+    tuned: FineTuning, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second compile and its first ten steps, in which the rate does not depend on how many there are."""
     monkeypatch.setattr(adapting, "peft_available", lambda: False)
     monkeypatch.setattr(adapting, "sample_digits", partial(sample_digits, steps=2))
-    first, second = (run(base, tmp_path / name, Recipe(steps=3, batch=8)) for name in ("first", "second"))
-    assert first.adapter.read_bytes() == second.adapter.read_bytes()
-    assert first.curve.training == second.curve.training and first.curve.held_out == second.curve.held_out
-    assert torch.equal(first.after, second.after) and not torch.equal(first.after, first.before)
+    again = run(base, tmp_path / "adapter", dataclasses.replace(RECIPE, steps=10))
+    assert again.curve.training == tuned.curve.training[:10]
+    assert again.curve.held_out == tuned.curve.held_out[:2]
+    assert again.curve.held_out[1][0] == 10
 
 
 def test_without_scikit_learn_and_peft_the_model_teaches_itself(

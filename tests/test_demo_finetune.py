@@ -51,6 +51,7 @@ def test_loss_is_zero_for_the_true_velocity(seed: int) -> None:
 
 def test_batches_are_those_of_the_seed_and_drop_a_tenth_of_the_labels() -> None:
     recipe = Recipe(steps=40, batch=50)
+    assert torch.equal(make_batches(pictures(), Recipe(steps=3, batch=50))[2].noise, make_batches(pictures(), recipe)[2].noise)
     first, again, other = (make_batches(pictures(), r) for r in (recipe, recipe, dataclasses.replace(recipe, seed=1)))
     assert len(first) == 40 and all(b.pictures.shape == (50, 1, 8, 8) for b in first)
     assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(vars(x).values(), vars(y).values()))

@@ -74,10 +74,13 @@ def make_batch(pictures: Pictures, generator: torch.Generator, label_drop: float
 
 
 def make_batches(pictures: Pictures, recipe: Recipe) -> list[Batch]:
-    """What the steps train on; the same for the same seed. One label in ten is dropped, for guidance."""
+    """What the steps train on; the same for the same seed, fewer steps or more. One label in ten is dropped, for guidance."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    picks = [torch.randint(len(pictures), (recipe.batch,), generator=generator) for _ in range(recipe.steps)]
-    return [make_batch(pictures[pick], generator, _LABEL_DROP) for pick in picks]
+
+    def pick() -> Pictures:
+        return pictures[torch.randint(len(pictures), (recipe.batch,), generator=generator)]
+
+    return [make_batch(pick(), generator, _LABEL_DROP) for _ in range(recipe.steps)]
 
 
 def predict(denoiser: Denoiser, batch: Batch) -> torch.Tensor:
@@ -97,6 +100,7 @@ def flow_matching_loss(denoiser: Denoiser, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(denoiser: Denoiser, batch: Batch) -> float:
+    """The loss on a batch, without gradients."""
     return flow_matching_loss(denoiser, batch).item()
 
 
