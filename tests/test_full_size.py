@@ -5,7 +5,9 @@ The slab has the exact layout of the real one but is a sparse file, so that ever
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from full_size import flux_dev, sdxl_unet, sparse_slab
 from torch import fx, nn
 
 import squareq_fx
-from squareq_fx import CompiledModule, Slab, ops
-from squareq_fx.ir import functions, info, program
+from squareq_fx import CompiledModule, Lora, Slab, ops
+from squareq_fx.ir import adapter_inputs, functions, info, program
+from squareq_fx.passes import Adapt
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +34,14 @@ class Bounds:
     layers: int
     unique_functions: int
     top_level_nodes: int
+    attention: dict[str, int]
+    """Leaf names of the attention layers, and how many there are of each."""
 
 
-BOUNDS = {"sdxl": Bounds(743, 20, 150), "flux": Bounds(504, 8, 200)}
+_SDXL = dict.fromkeys(("to_q", "to_k", "to_v", "to_out.0"), 140)
+_FLUX = dict.fromkeys(("to_q", "to_k", "to_v"), 57)
+_FLUX |= dict.fromkeys(("to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), 19)
+BOUNDS = {"sdxl": Bounds(743, 20, 150, _SDXL), "flux": Bounds(504, 8, 200, _FLUX)}
 MODELS = {"sdxl": sdxl_unet, "flux": flux_dev}
 
 
@@ -97,6 +105,14 @@ def test_few_unique_functions_and_a_top_level_that_fits_a_screen(compiled: Compi
     assert len(functions(outlined)) <= compiled.bounds.unique_functions
     assert len(nodes) <= compiled.bounds.top_level_nodes
     assert len(calls) > len(compiled.slab.block_paths)  # the blocks, and what runs before, between and after them
+
+
+def test_attention_is_every_layer_of_the_attention_modules(compiled: Compiled) -> None:
+    """SDXL: 70 blocks, attn1 and attn2, four layers each, so 560."""
+    adapted = Adapt(Lora(targets="attention"))(compiled.after("quantize"))
+    layers = [key.removesuffix(".lora_A.weight") for key in adapter_inputs(adapted) if key.endswith(".lora_A.weight")]
+    assert len(layers) == len(set(layers)) == sum(compiled.bounds.attention.values())
+    assert Counter(re.split(r"\.attn[12]?\.", layer)[1] for layer in layers) == compiled.bounds.attention
 
 
 def test_every_streamed_segment_is_one_range_of_the_slab_file(compiled: Compiled) -> None:

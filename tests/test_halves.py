@@ -73,6 +73,22 @@ def test_together_they_are_the_whole(spec: Spec) -> None:
             assert laws.same([*found.outputs, *found.gradients.values()], [*whole.outputs, *whole.gradients.values()])
 
 
+@pytest.mark.parametrize("save", ["save", "offload", {r"blocks\.1": "offload", r"blocks\.2": "save"}])
+def test_together_they_are_the_whole_whatever_is_kept(save: Any) -> None:
+    models = staged(BLOCKS)
+    passes = squareq_fx.default_passes(models.slab, lora=Lora(rank=2, targets="all"), save=save, slots=3)
+    graph = squareq_fx.run(models.graphs["capture"], passes)
+    for sizes in SIZES[:2]:
+        call = BLOCKS.inputs(*sizes)
+        adapters = adapters_for(graph)
+        expected = by_autograd(models, call, adapters)
+        whole = by_graph(graph, models, call, adapters, cotangents_for(expected.outputs))
+        assert_equal(whole, expected)
+        for run in (evaluated, laws.printed):
+            found = run_halves(graph, models, call, adapters, cotangents_for(expected.outputs), run)
+            assert laws.same([*found.outputs, *found.gradients.values()], [*whole.outputs, *whole.gradients.values()])
+
+
 @settings(few, max_examples=4)
 @given(specs())
 @example(EXAMPLES[0])

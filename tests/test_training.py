@@ -138,6 +138,29 @@ def test_two_and_three_dimensional_inputs() -> None:
         module.shutdown()
 
 
+def test_gate7_trained_tensors_keep_their_storage_beside_streamed_ones(module: CompiledModule) -> None:
+    """A block's norms and int8 rows come and go as one buffer of the slab's bytes; its adapters stay where they are."""
+    places = {name: (id(p), p.data_ptr()) for name, p in module.named_parameters()}
+    segments = program(module).segments
+    assert any(p.key.endswith("inner.p0.inner.weight") for p in segments["blocks.0"]), "the block's norm is streamed"
+    assert not any("lora" in p.key for packed in segments.values() for p in packed)
+    assert module.runtime is not None
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    for _ in range(3):
+        loss_of(module(**CALL)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {name: (id(p), p.data_ptr()) for name, p in module.named_parameters()} == places
+    slab = staged().slab
+    with module.runtime.step():
+        for name, packed in segments.items():
+            weights = module.runtime.load(name, 0, packed[-1].offset + packed[-1].nbytes, None)
+            for p in packed:
+                stored = slab.tensor(p.key)
+                assert bits(weights[p.offset : p.offset + p.nbytes]) == bits(stored), p.key
+            module.runtime.evict(weights, name, 0)
+
+
 # ----------------------------------------------------------------------------------------- autograd's ways to be used
 
 
