@@ -8,9 +8,11 @@
 from squareq_fx._version import __version__
 from squareq_fx.api import compile
 from squareq_fx.capture import capture
+from squareq_fx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from squareq_fx.compiled import CompiledModule
 from squareq_fx.draw import draw
 from squareq_fx.errors import (
+    AdapterError,
     BindingError,
     CaptureError,
     PassError,
@@ -28,6 +30,7 @@ from squareq_fx.show import diff, show
 from squareq_fx.slab import Slab, build_slab, open_slab
 
 __all__ = [
+    "AdapterError",
     "BindingError",
     "CaptureError",
     "CompiledModule",
@@ -47,8 +50,11 @@ __all__ = [
     "draw",
     "inline",
     "insert_after",
+    "latest_checkpoint",
+    "load_checkpoint",
     "open_slab",
     "run",
+    "save_checkpoint",
     "show",
     "value_and_grad",
 ]

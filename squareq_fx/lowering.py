@@ -6,8 +6,9 @@ times a step and a fast card cannot hide. The graph that is printed, checked and
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,15 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
             _share(root, str(node.target), operator.attrgetter(str(node.target))(gm))
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    unpacks = [n for n in gm.graph.nodes if n.target is ops.unpack]
     for node in gm.graph.nodes:
+        if node.target is ops.unpack:
+            buffer = node.args[0]
+            mine = [n for n in unpacks if n.args[0] is buffer]
+            if node is mine[0]:
+                views = graph.call_function(_unpacker([n.args[1:] for n in mine]), (env[buffer],))
+                env.update({n: graph.call_function(operator.getitem, (views, i), name=n.name) for i, n in enumerate(mine)})
+            continue
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].target = _DIRECT.get(node.target, node.target)
     return fx.GraphModule(root, graph, class_name=f"Lowered{type(gm).__name__}")
@@ -76,11 +85,29 @@ def _share(root: nn.Module, path: str, value: Any) -> None:
     setattr(root, leaf, value)
 
 
-def _unpack(weights: torch.Tensor, offset: int, size: list[int], dtype: torch.dtype) -> torch.Tensor:
-    nbytes = dtype.itemsize
-    for extent in size:
-        nbytes *= extent
-    return weights[offset : offset + nbytes].view(dtype).view(size) if nbytes else weights[:0].view(dtype).view(size)
+def _unpacker(pieces: Sequence[tuple[Any, ...]]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """All views into one buffer at once: one strided view each, where `squareq.unpack` makes three.
+
+    Args:
+        pieces: offset in bytes, size and dtype of each; `segment_layout` places a tensor at a multiple of its dtype's size.
+    """
+    plan = []
+    for offset, size, dtype in pieces:
+        strides = [math.prod(max(1, extent) for extent in size[i + 1 :]) for i in range(len(size))]
+        start = offset // dtype.itemsize if math.prod(size) else 0  # an empty tensor may lie at any offset
+        plan.append((dtype, tuple(size), tuple(strides), start))
+    dtypes = tuple(dict.fromkeys(dtype for dtype, *_ in plan))
+
+    def unpack_all(weights: torch.Tensor) -> list[torch.Tensor]:
+        typed = {}
+        for dtype in dtypes:
+            whole = weights[: weights.shape[0] // dtype.itemsize * dtype.itemsize].view(dtype)
+            typed[dtype] = whole, whole.storage_offset()
+        return [
+            torch.as_strided(typed[dtype][0], size, strides, typed[dtype][1] + start) for dtype, size, strides, start in plan
+        ]
+
+    return unpack_all
 
 
 def _int8_linear(*arguments: Any) -> torch.Tensor:
@@ -96,7 +123,6 @@ def _int8_linear_dx(*arguments: Any) -> torch.Tensor:
 
 
 _DIRECT: dict[Any, Callable[..., Any]] = {
-    ops.unpack: _unpack,
     ops.int8_linear: _int8_linear,
     ops.int8_linear_dx: _int8_linear_dx,
 }

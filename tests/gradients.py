@@ -134,7 +134,7 @@ def assert_equal(
     """Outputs and every gradient within `limit` in relative L2, the same ones missing.
 
     Args:
-        exact: gives the same in float64. Some random models lose digits whoever computes them: then an error may be twice that
+        exact: gives the same in float64. Some random models lose digits whoever computes them: then an error may be four times that
             of torch's own float32.
     """
     assert {key for key, g in expected.gradients.items() if g is not None} == set(found.gradients)
@@ -152,7 +152,7 @@ def assert_equal(
     truths = [*true.outputs, *(true.gradients[key] for key in found.gradients)]
     for i, name, error in far:
         _, value, wanted = pairs[i]
-        assert l2(value, truths[i]) <= max(limit, 2 * l2(wanted, truths[i])), (name, error)  # type: ignore[arg-type]
+        assert l2(value, truths[i]) <= max(limit, 4 * l2(wanted, truths[i])), (name, error)  # type: ignore[arg-type]
 
 
 def differentiated(
