@@ -31,7 +31,7 @@ _ASSERTIONS = {
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
 _COPIES = {aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default}
-_ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_ALIASES = {aten.alias.default, aten.lift_fresh_copy.default}
 _SPELLINGS: dict[Any, Any] = {
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,

@@ -53,7 +53,8 @@ class Differentiate:
             first that matches counts, the rest recompute.
         inputs: paths of inputs of the model that get a gradient too.
 
-    Requires: an outlined graph with adapters, or `inputs`.   Preserves: signature, the model's outputs bit for bit.
+    Requires: an outlined graph with adapters, or `inputs`.   Preserves: signature, the model's outputs: bit for bit
+    where blocks recompute; where they save, to the rounding of another order of the same operations.
     Gradients follow the outputs, in the order of `program(gm).gradients`. Nothing is computed that no gradient needs: not by
     frozen inputs, nor through blocks before the first adapter.
 

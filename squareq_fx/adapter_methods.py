@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ class AdapterMethods:
         """An adapter from a diffusers, PEFT or Kohya file, a state dict, or its values; it becomes the only active one.
 
         Args:
-            adapter_name: default: `default_<n>`.
+            adapter_name: default: the first free `default_<n>`.
             config: of a state dict: PEFT's `LoraConfig` as a dict; without it alpha = rank.
 
         Returns:
@@ -60,8 +61,9 @@ class AdapterMethods:
             AdapterError: the file is not an adapter of this model.
             RuntimeStateError: the name is taken, or a layer has no branch in the compiled module.
         """
-        name = adapter_name or f"default_{len(self._adapters.names)}"
         bank = self._adapters
+        free = (f"default_{i}" for i in itertools.count(len(bank.names)))
+        name = adapter_name or next(n for n in free if n not in bank.names)
         bank.load(name, source if isinstance(source, Adapter) else read_adapter(source, self._linear_sizes(), config=config))
         return name
 

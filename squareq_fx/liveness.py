@@ -32,14 +32,17 @@ def shared_storage(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
     The answer is conservative: `reshape` may be a view, so it counts as one.
     """
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    returned: dict[fx.Node, list[frozenset[fx.Node]]] = {}  # of a call, one for each value it returns
     children = functions(gm)
     summaries = {name: _outputs_from_inputs(child) for name, child in children.items()}
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target in summaries:
-            sources = [node.args[i] for i in summaries[node.target] if isinstance(node.args[i], fx.Node)]
-            roots[node] = _union(roots, sources) | {node}
+            arguments = [[node.args[i] for i in positions] for positions in summaries[node.target]]
+            returned[node] = [_union(roots, [a for a in given if isinstance(a, fx.Node)]) | {node} for given in arguments]
+            roots[node] = frozenset().union(*returned[node])
         elif node.op == "call_function" and node.target is operator.getitem:
-            roots[node] = _union(roots, node.all_input_nodes)
+            whole = node.args[0]
+            roots[node] = returned[whole][node.args[1]] if whole in returned else _union(roots, node.all_input_nodes)
         elif node.op == "call_function" and (sources := aliased_arguments(node)):
             roots[node] = _union(roots, sources)
         elif node.op == "output":
@@ -64,12 +67,16 @@ def _union(roots: dict[fx.Node, frozenset[fx.Node]], nodes: list[fx.Node]) -> fr
     return frozenset().union(*(roots[n] for n in nodes))
 
 
-def _outputs_from_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
-    """Positions of the inputs a function's outputs may be views of."""
+def _outputs_from_inputs(gm: fx.GraphModule) -> list[tuple[int, ...]]:
+    """For each output of a function the positions of the inputs it may be a view of."""
     roots = shared_storage(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    return tuple(i for i, p in enumerate(placeholders) if p in roots[output])
+    result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    outputs = result if isinstance(result, tuple | list) else (result,)
+    return [
+        tuple(i for i, p in enumerate(placeholders) if p in roots[output]) if isinstance(output, fx.Node) else ()
+        for output in outputs
+    ]
 
 
 def aliased_arguments(node: fx.Node) -> list[fx.Node]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd.function import once_differentiable
 
 from squareq_fx.activity import output_nodes
 from squareq_fx.adapters.packing import Branch, unpack_gradients
+from squareq_fx.errors import RuntimeStateError
 from squareq_fx.halves import Halves, halves
 from squareq_fx.ir import info, program
 from squareq_fx.lowering import Lowered
@@ -104,8 +104,11 @@ class _Function(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeStateError(
+                "the backward of a compiled module has no derivative of its own; leave create_graph out of backward() and grad()"
+            )
         step: _Step = ctx.step
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors).detach() for _ in range(step.inputs)]

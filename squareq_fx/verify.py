@@ -36,6 +36,7 @@ _FIRST_LEVEL = {
     ops.fetch: Level.DIFFERENTIATED,
     ops.arrived: Level.DIFFERENTIATED,
     ops.load: Level.STREAMED,
+    ops.keep: Level.STREAMED,
     ops.evict: Level.STREAMED,
     ops.unpack: Level.STREAMED,
     ops.prefetch: Level.SCHEDULED,
@@ -181,7 +182,7 @@ def check_residency(gm: fx.GraphModule) -> None:
             elif any(earlier.kwargs.get(k) != node.kwargs.get(k) for k in ("nbytes", "offset")):
                 raise _broken(node, "", f"its size or offset is not that of {earlier}")
             live[key] = node
-        elif node.target is ops.evict:
+        elif node.target is ops.evict or node.target is ops.keep:
             weights, key = node.args[0], (str(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
             if live.get(key) is not weights:
                 raise _broken(node, "", f"{weights} is not the live load of block {key[0]!r} visit {key[1]}")

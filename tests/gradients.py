@@ -134,8 +134,8 @@ def assert_equal(
     """Outputs and every gradient within `limit` in relative L2, the same ones missing.
 
     Args:
-        exact: gives the same in float64. Some random models lose digits whoever computes them: then an error may be four times that
-            of torch's own float32.
+        exact: gives the same in float64. Some random models lose digits whoever computes them: then an error may be four times
+            that of torch's own float32.
     """
     assert {key for key, g in expected.gradients.items() if g is not None} == set(found.gradients)
     pairs = [(f"output {i}", o, expected.outputs[i]) for i, o in enumerate(found.outputs)]

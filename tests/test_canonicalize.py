@@ -64,12 +64,11 @@ def operations(gm: fx.GraphModule) -> list[Any]:
         lambda m, x: x[:, 0:] + 1,
         lambda m, x: x.contiguous() + 1,
         lambda m, x: x.clone() + 1,
-        lambda m, x: x.detach() + 1,
         lambda m, x: x.to(torch.bool).to(torch.bool).to(torch.float32) + 1,
     ],
     ids=[
         *("dropout", "feature_dropout", "alpha_dropout", "same_dtype", "same_device", "type_as"),
-        *("whole_slice", "whole_dim", "contiguous", "clone", "detach", "cast_twice"),
+        *("whole_slice", "whole_dim", "contiguous", "clone", "cast_twice"),
     ],
 )
 def test_what_computes_nothing_is_gone(body: Callable[..., Any]) -> None:

@@ -44,7 +44,7 @@ def outlined(models: Staged, lora: Lora | None = ALL) -> fx.GraphModule:
     return Outline()(flat if lora is None else Adapt(lora)(flat))
 
 
-@few
+@settings(few, max_examples=3)
 @given(specs())
 @example(EXAMPLES[0])
 @example(EXAMPLES[1])
@@ -81,7 +81,7 @@ def assert_notes(gm: fx.GraphModule, missing: set[tuple[str, str]]) -> None:
 SAVES = ["save", *(["offload"] if hasattr(ops, "offload") else [])]
 
 
-@settings(few, max_examples=3)
+@settings(few, max_examples=2)
 @given(specs().filter(lambda spec: not spec.view))
 @example(EXAMPLES[0])
 @example(EXAMPLES[2])

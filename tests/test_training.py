@@ -256,9 +256,8 @@ def test_retain_graph(module: CompiledModule) -> None:
 
 def test_a_second_derivative_is_refused(module: CompiledModule) -> None:
     parameters = list(module.parameters())
-    found = torch.autograd.grad(loss_of(module(**CALL)), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        sum(g.square().sum() for g in found).backward()
+    with pytest.raises(RuntimeStateError, match="leave create_graph out"):
+        torch.autograd.grad(loss_of(module(**CALL)), parameters, create_graph=True)
     module.zero_grad()
     assert all(g is not None for g in gradient_of(module).values())
 
@@ -530,7 +529,7 @@ def test_gates_9_and_13_fifty_steps(module: CompiledModule) -> None:
     assert ours[-3:] < [0.8 * value for value in ours[:3]]
     assert max(abs(a - b) / b for a, b in zip(ours, theirs)) < 1e-3
     parameters = dict(reference.named_parameters())
-    assert max(l2(p, parameters[name]) for name, p in module.adapter_parameters().items()) < 1e-2
+    assert max(l2(p.detach(), parameters[name].detach()) for name, p in module.adapter_parameters().items()) < 1e-2
     assert bits(models.slab.data) == weights and {name: bits(b) for name, b in module.named_buffers()} == buffers
     assert {held for held, _ in memory} == {memory[0][0]}
     assert not sys.platform.startswith("linux") or memory[-1][1] <= 1.02 * memory[1][1]

@@ -321,7 +321,7 @@ def test_a_view_that_a_function_returns_is_seen() -> None:
     """EXAMPLES[1]'s blocks return a view of a parameter of their own, which the next block reads."""
     gm = clone(staged(EXAMPLES[1]).graphs["stream"])
     load = next(n for n in nodes(gm, ops.load) if n.args[0] == "blocks.0")
-    (call,) = (n for n in load.users if n.op == "call_module")
+    call = next(n for n in load.users if n.op == "call_module")
     evict = next(n for n in load.users if n.target is ops.evict)
     call.append(evict)
     residency(gm, "gave its bytes away", load.name, "model source", "models.py")

@@ -121,13 +121,13 @@ def model_of(operation: Callable[[Any, torch.Tensor], torch.Tensor], dtype: torc
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name: str) -> None:
-    """Gradients of the input through the operation and two INT8 layers, at the traced size, another, and one sample."""
-    sizes = ((3, 4), (2, 6), (1, 8))
+    """Gradients of the input through the operation and two INT8 layers, at the traced size and for one longer sample."""
+    sizes = ((3, 4), (1, 8))
     calls = [{"x": torch.randn(batch, tokens, 7)} for batch, tokens in sizes]
     differentiated(model_of(OPERATIONS[name]), *calls, inputs=("x",))
 
 
-@pytest.mark.parametrize("name", ["attention", "layer_norm", "rms_norm", "group_norm", "geglu", "conv2d"])
+@pytest.mark.parametrize("name", ["attention", "layer_norm", "group_norm", "conv2d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_operations_in_half_precision(name: str, dtype: torch.dtype) -> None:
     call = {"x": torch.randn(3, 4, 7).to(dtype)}
