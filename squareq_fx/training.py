@@ -107,7 +107,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeStateError(
-                "the backward of a compiled module has no derivative of its own; leave create_graph out of backward() and grad()"
+                "the backward of a compiled module has no derivative of its own; leave create_graph out of backward() or grad()"
             )
         step: _Step = ctx.step
         tensors = iter(ctx.saved_tensors)
