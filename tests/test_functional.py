@@ -143,3 +143,22 @@ def test_a_module_without_adapters_is_refused() -> None:
     with pytest.raises(RuntimeStateError, match="lora="):
         squareq_fx.value_and_grad(gm, loss_fn)
     gm.shutdown()
+
+
+def test_a_fused_optimizer_is_seen() -> None:
+    """Fused AdamW writes to parameters without counting up their versions; what the module computes with must follow."""
+    own = {name: p.detach().clone() for name, p in module().adapter_parameters().items()}
+    call, target, _ = batch(1)
+    optimizer = torch.optim.AdamW(module().adapter_parameters().values(), lr=0.05, fused=True)
+    losses = []
+    for _ in range(3):
+        loss = (module()(**call).sample - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append((module()(**call).sample - target).square().mean().item())
+        for name, p in module().adapter_parameters().items():
+            p.copy_(own[name])
+    assert len(set(losses)) == len(losses), "the outputs did not follow the parameters"
