@@ -65,6 +65,9 @@ def measure(name: str, options: argparse.Namespace, scratch: Path, parent: Conne
 
     def run(parts: Iterable[tuple[str, float]]) -> None:
         for part, seconds in parts:
+            if bench.deadline <= time.perf_counter():
+                log.write("note", text=f"`{part}` was not run: the limit of the whole run was reached.")
+                continue
             with Part(log, part, min(seconds, bench.deadline - time.perf_counter())):
                 part_of_bench: Callable[[], None] = getattr(bench, part)
                 part_of_bench()

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,7 +67,7 @@ class Differentiate:
     """
 
     save: Save | Mapping[str, Save] = "recompute"
-    inputs: tuple[str, ...] = field(default=())
+    inputs: tuple[str, ...] = ()
 
     name = NAME
     requires_level = Level.OUTLINED

@@ -121,11 +121,11 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
                     f"an input requires grad ({missing}), but the module was compiled without a gradient by it. Compile with "
                     f"inputs=({missing!r},), call the module under torch.no_grad(), or detach its inputs."
                 )
-        packed = bank.packed() if bank is not None else []
-        if training is not None and torch.is_grad_enabled():
-            branches = bank.branches() if bank is not None else []
-            if wants or any(part.down.requires_grad or part.up.requires_grad for b in branches for part in b.parts):
-                return training(tensors, branches, packed)
+        branches = bank.branches() if bank is not None else []
+        packed = bank.packed(branches) if bank is not None else []
+        trains = wants or any(part.down.requires_grad or part.up.requires_grad for b in branches for part in b.parts)
+        if training is not None and torch.is_grad_enabled() and trains:
+            return training(tensors, branches, packed)
         if self.runtime is None:  # an early stage: autograd may go through the resident weights
             return self._run(self.__dict__["_run_graph"], [*tensors, *packed])
         with torch.no_grad():

@@ -20,8 +20,8 @@ class SquareQError(Exception):
     """Base of all errors of this package."""
 
 
-class SlabError(SquareQError):
-    """A slab cannot be built, read or trusted.
+class _FileError(SquareQError):
+    """A file is not what it should be.
 
     Args:
         message: one line, what failed and for which file.
@@ -33,17 +33,12 @@ class SlabError(SquareQError):
         super().__init__("\n  - ".join([message, *self.problems]))
 
 
-class AdapterError(SquareQError):
-    """A low-rank adapter cannot be read from or written to a file.
+class SlabError(_FileError):
+    """A slab cannot be built, read or trusted."""
 
-    Args:
-        message: one line, what failed and for which file.
-        problems: every single fault found, one line each; all of them are reported at once.
-    """
 
-    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        self.problems: tuple[str, ...] = tuple(problems)
-        super().__init__("\n  - ".join([message, *self.problems]))
+class AdapterError(_FileError):
+    """A low-rank adapter cannot be read from or written to a file."""
 
 
 class CaptureError(SquareQError):

@@ -31,14 +31,13 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
             _share(root, str(node.target), operator.attrgetter(str(node.target))(gm))
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    unpacks = [n for n in gm.graph.nodes if n.target is ops.unpack]
     for node in gm.graph.nodes:
+        if node in env:
+            continue
         if node.target is ops.unpack:
-            buffer = node.args[0]
-            mine = [n for n in unpacks if n.args[0] is buffer]
-            if node is mine[0]:
-                views = graph.call_function(_unpacker([n.args[1:] for n in mine]), (env[buffer],))
-                env.update({n: graph.call_function(operator.getitem, (views, i), name=n.name) for i, n in enumerate(mine)})
+            mine = [n for n in node.args[0].users if n.target is ops.unpack]
+            views = graph.call_function(_unpacker([n.args[1:] for n in mine]), (env[node.args[0]],))
+            env.update({n: graph.call_function(operator.getitem, (views, i), name=n.name) for i, n in enumerate(mine)})
             continue
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].target = _DIRECT.get(node.target, node.target)

@@ -25,7 +25,7 @@ PACKAGES = {"squareq_fx": "squareq_fx", "squareq_fx.passes": "passes", "squareq_
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "kernels"),
-    ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw", "lora", "adapters", "checkpoint"),
+    ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw", "lora", "adapters", "checkpoint", "durable"),
     (
         *("inference", "edit", "inlining", "liveness", "verify"),
         *("activity", "vjp", "pullback", "halves", "loss", "lowering"),

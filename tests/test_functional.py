@@ -162,3 +162,24 @@ def test_a_fused_optimizer_is_seen() -> None:
         for name, p in module().adapter_parameters().items():
             p.copy_(own[name])
     assert len(set(losses)) == len(losses), "the outputs did not follow the parameters"
+
+
+def test_what_was_packed_before_a_training_does_not_come_back() -> None:
+    call = batch(1)[0]
+    params = module().adapter_parameters()
+    own = {name: p.detach().clone() for name, p in params.items()}
+    outputs = []
+    for rate in (0.0, 0.05):
+        optimizer = torch.optim.AdamW(params.values(), lr=rate, weight_decay=0.0, fused=True)
+        module()(**call).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        module().requires_grad_(False)
+        with torch.inference_mode():
+            outputs.append(module()(**call).sample.clone())
+        for p in params.values():
+            p.requires_grad_(True)
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(own[name])
+    assert not torch.equal(*outputs)

@@ -191,18 +191,20 @@ class AdapterBank:
             if layer in self._adapters[name]
         ]
 
-    def packed(self) -> list[torch.Tensor]:
-        """The graph's adapter inputs.
+    def packed(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
+        """The graph's adapter inputs for what `branches()` gave.
 
-        Frozen adapters are packed once. Those that train are packed at every call: fused optimizers write to parameters without
-        a trace in their version counters.
+        Frozen adapters are packed once. Those that train are packed at every call, and end what was kept: fused optimizers
+        write to parameters without a trace in their version counters.
         """
-        parameters = self.parameters()
-        if any(p.requires_grad for p in parameters.values()):
-            return pack(self.branches(), self._device)
-        state = (tuple(self.weights.items()), self.enabled, tuple((id(p), p._version) for p in parameters.values()))
+        masters = [tensor for branch in branches for part in branch.parts for tensor in (part.down, part.up)]
+        if any(tensor.requires_grad for tensor in masters):
+            self._packed = None
+            return pack(branches, self._device)
+        state = (tuple(self.weights.items()), self.enabled, tuple((id(tensor), tensor._version) for tensor in masters))
         if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack(self.branches(), self._device)
+            with torch.inference_mode(False):  # it may serve later calls outside that mode
+                self._packed = state, pack(branches, self._device)
         return self._packed[1]
 
     def _parts(self, layer: str, values: Mapping[str, torch.Tensor]) -> Iterable[Part]:

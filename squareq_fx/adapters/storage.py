@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from squareq_fx.durable import sync
 from squareq_fx.errors import AdapterError
 
 __all__ = [
@@ -160,18 +161,10 @@ def staged(*paths: Path) -> Iterator[tuple[Path, ...]]:
     try:
         yield temporary
         for path in temporary:
-            _sync(path)
+            sync(path)
         for partial, path in zip(temporary, paths):
             os.replace(partial, path)
-        _sync(directory)
+        sync(directory)
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

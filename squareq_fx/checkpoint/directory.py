@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from squareq_fx.durable import sync
 from squareq_fx.errors import SquareQError
 
 __all__ = [
@@ -63,9 +64,9 @@ def make_room(directory: Path, step: int) -> Path:
 def install(partial: Path, step: int) -> Path:
     """Give the directory its name, when all that is in it has reached the disk."""
     target = partial.with_name(f"checkpoint-{step}")
-    _sync(partial)
+    sync(partial)
     os.rename(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -113,11 +114,3 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.removed")
     os.rename(path, hidden)
     shutil.rmtree(hidden)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -6,12 +6,12 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from squareq_fx._version import __version__
+from squareq_fx.durable import sync
 from squareq_fx.errors import SlabError
 from squareq_fx.slab.extras import pack_slab_header
 from squareq_fx.slab.journal import Done, Journal
@@ -164,12 +164,4 @@ def _commit(plan: BuildPlan, paths: SlabPaths) -> None:
         os.fsync(file.fileno())
     os.replace(paths.partial_data, paths.data)
     os.replace(paths.partial_manifest, paths.manifest)
-    _sync_directory(paths.data.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(paths.data.parent)
