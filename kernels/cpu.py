@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from squareq_fx.kernels.arguments import check_linear, check_linear_dx
+from squareq_fx.kernels.arguments import check_linear, check_linear_dx, check_matmul
+from squareq_fx.kernels.reference import activate
 
-__all__ = ["SLICE_ELEMENTS", "int8_linear", "int8_linear_dx"]
+__all__ = ["SLICE_ELEMENTS", "int8_linear", "int8_linear_dx", "int8_matmul"]
 
 SLICE_ELEMENTS = 1 << 19
 """Elements of the float32 slice buffer (2 MiB): measured best or within noise of it from 2^16 to 2^20."""
@@ -87,3 +88,41 @@ def int8_linear_dx(
             steps.sub_(shift[start:stop])
         dx.addmm_(rows[:, start:stop], steps)
     return dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
+
+
+def int8_matmul(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """reference.int8_matmul by torch's int8 product with int32 sums: exact up to the scales.
+
+    Arguments, result and errors are reference.int8_matmul's.
+    """
+    check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+    in_features, rows = xq.shape[-1], xq.shape[:-1].numel()
+    flat = xq.reshape(rows, in_features)
+    y = torch._int_mm(flat, qweight[:, :in_features].t()).to(torch.float32) if flat.numel() else _zeros(flat, qweight)
+    if bool(zero_point.any()):
+        y -= flat.sum(1, dtype=torch.int32).to(torch.float32).unsqueeze(1) * zero_point
+    y *= sx.reshape(rows, 1) * scale
+    if bias is not None:
+        y += bias
+    y = activate(y, activation)
+    if addend is not None:
+        y = y + addend.reshape(y.shape).to(torch.float32)
+    if parts == 1:
+        return y.to(dtype).reshape(*xq.shape[:-1], qweight.shape[0])
+    split = y.unflatten(1, (parts, qweight.shape[0] // parts)).movedim(1, 0).to(dtype).contiguous()
+    return split.reshape(parts, *xq.shape[:-1], qweight.shape[0] // parts)
+
+
+def _zeros(flat: torch.Tensor, qweight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(flat.shape[0], qweight.shape[0], device=flat.device)

@@ -9,10 +9,30 @@ from types import ModuleType
 
 import torch
 
-from squareq_fx.kernels import cpu
-from squareq_fx.kernels.arguments import check_linear, check_linear_dx
+from squareq_fx.kernels import cpu, reference
+from squareq_fx.kernels.arguments import (
+    check_compute,
+    check_linear,
+    check_linear_dx,
+    check_matmul,
+    check_parts,
+    check_quantize_rows,
+)
 
-__all__ = ["FUSED_MAX_ROWS", "dequantized_linear", "int8_linear", "int8_linear_dx", "run_int8_linear", "run_int8_linear_dx"]
+__all__ = [
+    "FUSED_MAX_ROWS",
+    "dequantized_linear",
+    "int8_linear",
+    "int8_linear_dx",
+    "int8_linear_parts",
+    "int8_matmul",
+    "quantize_rows",
+    "run_int8_linear",
+    "run_int8_linear_dx",
+    "run_int8_linear_parts",
+    "run_int8_matmul",
+    "run_quantize_rows",
+]
 
 FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 0}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
@@ -27,6 +47,7 @@ def int8_linear(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     bias: torch.Tensor | None = None,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
     """reference.int8_linear by the fastest kernel for these arguments.
 
@@ -37,6 +58,7 @@ def int8_linear(
     Args:
         x: [..., in] bf16, fp16 or fp32, any strides; qweight: [out, K' >= in] int8; scale, zero_point: [out]
             float32; bias: [out] float32 or None.
+        compute: "w8a16" multiplies x as it is; "w8a8" quantises its rows first (`quantize_rows`, `int8_matmul`).
     Returns:
         [..., out] in x's dtype.
     Raises:
@@ -44,7 +66,8 @@ def int8_linear(
         RuntimeError: Triton is needed and missing.
     """
     check_linear(x, qweight, scale, zero_point, bias)
-    return run_int8_linear(x, qweight, scale, zero_point, bias)
+    check_compute(compute)
+    return run_int8_linear(x, qweight, scale, zero_point, bias, compute)
 
 
 def run_int8_linear(
@@ -53,8 +76,11 @@ def run_int8_linear(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     bias: torch.Tensor | None = None,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
     """`int8_linear` of arguments that were checked already; a model calls it hundreds of times a step."""
+    if compute == "w8a8":
+        return run_int8_matmul(*run_quantize_rows(x), qweight, scale, zero_point, bias, x.dtype)
     if not x.is_cuda and not _is_interpreting():
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
@@ -63,14 +89,133 @@ def run_int8_linear(
     return fused.int8_linear(x, qweight, scale, zero_point, bias)
 
 
+def int8_linear_parts(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: int,
+) -> torch.Tensor:
+    """int8_linear of several layers that read the same x and whose rows lie one after the other.
+
+    Args:
+        x: [..., in]; qweight: [parts * out, K' >= in] int8; scale, zero_point, bias: [parts * out] float32.
+    Returns:
+        [parts, ..., out] in x's dtype, contiguous.
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+        RuntimeError: Triton is needed and missing.
+    """
+    check_linear(x, qweight, scale, zero_point, bias)
+    check_parts(qweight, parts)
+    return run_int8_linear_parts(x, qweight, scale, zero_point, bias, parts)
+
+
+def run_int8_linear_parts(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: int,
+) -> torch.Tensor:
+    """`int8_linear_parts` of arguments that were checked already."""
+    out_features = qweight.shape[0] // parts
+    if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
+        weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, x.shape[-1], x.dtype)
+        y = x.new_empty((parts, *x.shape[:-1], out_features))
+        rows = x.reshape(-1, x.shape[-1])
+        flat = y.view(parts, -1, out_features)
+        for i, piece in enumerate(weight.view(parts, out_features, -1).unbind()):
+            if bias is None:
+                torch.mm(rows, piece.t(), out=flat[i])
+            else:
+                own = bias[i * out_features : (i + 1) * out_features].to(x.dtype)
+                torch.addmm(own, rows, piece.t(), out=flat[i])
+        return y
+    y = run_int8_linear(x, qweight, scale, zero_point, bias)
+    return y.unflatten(-1, (parts, out_features)).movedim(-2, 0).contiguous()
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """reference.quantize_rows by the fastest kernel for x's device.
+
+    Args:
+        x: [..., K] bf16, fp16 or fp32, any strides.
+    Returns:
+        xq int8 [..., K], contiguous; sx float32 [...].
+    Raises:
+        TypeError, ValueError: x has another dtype or no dimension.
+        RuntimeError: Triton is needed and missing.
+    """
+    check_quantize_rows(x)
+    return run_quantize_rows(x)
+
+
+def run_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of arguments that were checked already."""
+    if not x.is_cuda and not _is_interpreting():
+        return reference.quantize_rows(x)
+    return _triton_module("quantize_rows").launch(x)
+
+
+def int8_matmul(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """reference.int8_matmul by the fastest kernel for these arguments, which see.
+
+    The sums of products are exact (int32), so the result is a function of the inputs alone, bit for bit.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+        RuntimeError: Triton is needed and missing.
+    """
+    check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+    return run_int8_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+
+
+def run_int8_matmul(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """`int8_matmul` of arguments that were checked already."""
+    kernel = cpu.int8_matmul if not xq.is_cuda and not _is_interpreting() else _triton_module("int8_matmul").launch
+    return kernel(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+
+
 def int8_linear_dx(
-    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    in_features: int,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
     """reference.int8_linear_dx: on CUDA by a temporary weight in dy's dtype and cuBLAS, freed with the call.
 
     Args:
         dy: [..., out] bf16, fp16 or fp32, any strides; qweight: [out, K' >= in_features] int8; scale, zero_point: [out]
             float32.
+        compute: "w8a8" folds the rows' scales into dy and quantises that per row: less exact, as one large column sets the
+            step of its whole row.
     Returns:
         [..., in_features] in dy's dtype.
     Raises:
@@ -78,17 +223,37 @@ def int8_linear_dx(
         RuntimeError: Triton is needed and missing.
     """
     check_linear_dx(dy, qweight, scale, zero_point, in_features)
-    return run_int8_linear_dx(dy, qweight, scale, zero_point, in_features)
+    check_compute(compute)
+    return run_int8_linear_dx(dy, qweight, scale, zero_point, in_features, compute)
 
 
 def run_int8_linear_dx(
-    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    in_features: int,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
     """`int8_linear_dx` of arguments that were checked already."""
+    if compute == "w8a8":
+        return _dx_by_int8(dy, qweight, scale, zero_point, in_features)
     if not dy.is_cuda and not _is_interpreting():
         return cpu.int8_linear_dx(dy, qweight, scale, zero_point, in_features)
     weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, in_features, dy.dtype)
     return torch.matmul(dy, weight)
+
+
+def _dx_by_int8(
+    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """dx = quantised(dy * scale) @ q - rowsum(dy * scale * zero_point): the weight's scales lie along the summed axis."""
+    scaled = dy.to(torch.float32) * scale
+    dq, sd = run_quantize_rows(scaled)
+    turned = qweight[:, :in_features].t().contiguous()
+    one, none = scale.new_ones(in_features), scale.new_zeros(in_features)
+    dx = run_int8_matmul(dq, sd, turned, one, none, None, torch.float32)
+    return (dx - (scaled @ zero_point).unsqueeze(-1)).to(dy.dtype)
 
 
 def dequantized_linear(

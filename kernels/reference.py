@@ -5,13 +5,25 @@ Source: SquareQ V2 slab format, sections "Quantising" and "Dequantising"."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from squareq_fx.kernels.arguments import FLOATS, check_linear, check_linear_dx, check_rows
+from squareq_fx.kernels.arguments import FLOATS, check_linear, check_linear_dx, check_matmul, check_quantize_rows, check_rows
 
-__all__ = ["dequantize", "int8_linear", "int8_linear_dx", "packed_width", "quantize_weight"]
+__all__ = [
+    "activate",
+    "dequantize",
+    "int8_linear",
+    "int8_linear_dx",
+    "int8_matmul",
+    "packed_width",
+    "quantize_rows",
+    "quantize_weight",
+]
 
 QMAX = 127.0
 SMALLEST_SCALE = 1e-8
+SMALLEST_ROW = 1e-30
+"""A row of activations whose every magnitude is below this counts as zeros."""
 
 
 def packed_width(in_features: int, pack_k: int = 64) -> int:
@@ -121,3 +133,68 @@ def int8_linear_dx(
     check_linear_dx(dy, qweight, scale, zero_point, in_features)
     weight = dequantize(qweight, scale, zero_point, in_features)
     return torch.matmul(dy.to(torch.float32), weight).to(dy.dtype)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8, one scale for each row of activations: LLM.int8() (arXiv 2208.07339), section 2.1.
+
+    Args:
+        x: [..., K] bf16, fp16 or fp32.
+    Returns:
+        xq int8 [..., K] in -127..127, round to nearest even; sx float32 [...], the value of one step: the row's largest
+        magnitude over 127, or 1.0 where that magnitude is below 1e-30. A row with NaN or Inf has a scale that is not finite.
+    Raises:
+        TypeError, ValueError: x has another dtype or no dimension.
+    """
+    check_quantize_rows(x)
+    rows = x.to(torch.float32)
+    top = rows.abs().amax(dim=-1) if x.shape[-1] else rows.new_zeros(x.shape[:-1])
+    sx = torch.where(top < SMALLEST_ROW, torch.ones_like(top), top / torch.full_like(top, QMAX))  # NaN and Inf go through
+    return (rows / sx.unsqueeze(-1)).round().clamp(-QMAX, QMAX).to(torch.int8), sx
+
+
+def int8_matmul(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """activation((xq @ (qweight - zero_point)^T) * sx * scale + bias) + addend, in float32, cast to dtype at the end.
+
+    Args:
+        xq: [..., K] int8; sx: [...] float32; qweight: [parts * N, K' >= K] int8; scale, zero_point: [parts * N] float32;
+        bias: [parts * N] float32 or None; addend: [..., N] in dtype or None, only with one part.
+        activation: "none", "gelu" (exact), "gelu_tanh" or "silu".
+        parts: layers whose rows lie one after the other in qweight.
+    Returns:
+        [..., N] in dtype; with several parts [parts, ..., N].
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
+    """
+    check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+    # float64 holds every sum of products of bytes exactly, as the int32 accumulators of the kernels do.
+    steps = qweight[:, : xq.shape[-1]].to(torch.float64) - zero_point.to(torch.float64).unsqueeze(1)
+    y = torch.matmul(xq.to(torch.float64), steps.t()).to(torch.float32) * (sx.unsqueeze(-1) * scale)
+    if bias is not None:
+        y = y + bias
+    y = activate(y, activation)
+    if addend is not None:
+        y = y + addend.to(torch.float32)
+    if parts > 1:
+        y = y.unflatten(-1, (parts, -1)).movedim(-2, 0).contiguous()
+    return y.to(dtype)
+
+
+def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """One of the epilogues by name; "none" returns y itself."""
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    return F.silu(y) if activation == "silu" else y

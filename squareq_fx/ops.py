@@ -2,8 +2,11 @@
 
 | operation | meaning |
 |---|---|
-| `int8_linear(x, qweight, scale, zero_point, bias)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
-| `int8_linear_dx(dy, qweight, scale, zero_point, in_features)` | `dy @ dequantise(qweight)`, the gradient of `x` |
+| `int8_linear(x, qweight, scale, zero_point, bias, compute)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
+| `int8_linear_dx(dy, qweight, scale, zero_point, in_features, compute)` | `dy @ dequantise(qweight)`, the gradient of `x` |
+| `int8_linear_parts(x, qweight, scale, zero_point, bias, parts)` | several layers of one input, their rows side by side |
+| `quantize_rows(x)` | int8 activations and one scale for each row |
+| `int8_matmul(xq, sx, qweight, ..., activation, addend, parts)` | the product of both int8 operands, with its epilogue |
 | `cotangent(output, index)` | the gradient of the loss by an output; before it is the forward, after it the backward |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
 | `evict(weights, block, visit)` | the buffer is not used any more; its bytes may be overwritten |
@@ -21,14 +24,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.fx.node import has_side_effect
 
 from squareq_fx.errors import RuntimeStateError
+from squareq_fx.kernels.arguments import ACTIVATIONS, COMPUTES
 
 __all__ = [
     "RuntimeProtocol",
@@ -40,10 +44,13 @@ __all__ = [
     "fetch",
     "int8_linear",
     "int8_linear_dx",
+    "int8_linear_parts",
+    "int8_matmul",
     "keep",
     "load",
     "offload",
     "prefetch",
+    "quantize_rows",
     "unpack",
 ]
 
@@ -84,14 +91,16 @@ def _runtime(what: str, block: str) -> RuntimeProtocol:
 
 
 _LIBRARY = torch.library.Library("squareq", "DEF")
-_LIBRARY.define(
-    "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor zero_point, Tensor? bias=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "int8_linear_dx(Tensor dy, Tensor qweight, Tensor scale, Tensor zero_point, int in_features) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_ROWS = "Tensor qweight, Tensor scale, Tensor zero_point"
+for _schema in (
+    f'int8_linear(Tensor x, {_ROWS}, Tensor? bias=None, str compute="w8a16") -> Tensor',
+    f'int8_linear_dx(Tensor dy, {_ROWS}, int in_features, str compute="w8a16") -> Tensor',
+    f"int8_linear_parts(Tensor x, {_ROWS}, Tensor? bias, int parts) -> Tensor",
+    "quantize_rows(Tensor x) -> (Tensor xq, Tensor sx)",
+    f"int8_matmul(Tensor xq, Tensor sx, {_ROWS}, Tensor? bias, ScalarType dtype, "
+    'str activation="none", Tensor? addend=None, int parts=1) -> Tensor',
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("cotangent(Tensor output, int index) -> Tensor")
 _LIBRARY.define("keep(Tensor weights, str block, int visit) -> ()")
 _LIBRARY.define("load(str block, *, int visit, int nbytes, int? offset=None, Device device) -> Tensor")
@@ -104,41 +113,32 @@ _LIBRARY.define("arrived(Tensor(a) x) -> Tensor(a)")
 _LIBRARY.define("unpack(Tensor(a) weights, int offset, int[] size, ScalarType dtype) -> Tensor(a)")
 
 
-def _int8_linear_kernel(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    from squareq_fx.kernels.dispatch import int8_linear as run
+def _kernel(name: str) -> Callable[..., Any]:
+    """What runs an operation: the function of that name in `kernels.dispatch`, imported at the first call."""
 
-    return run(x, qweight, scale, zero_point, bias)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from squareq_fx.kernels import dispatch
 
+        return getattr(dispatch, name)(*args, **kwargs)
 
-def _int8_linear_autograd(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    tensors = (x, scale, zero_point, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeStateError(
-            "squareq.int8_linear would cut a gradient: an input requires grad and this operation has no backward of its own. "
-            "Compile with lora=squareq_fx.Lora(...) to train, call the module under torch.no_grad(), or detach its inputs."
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.squareq.int8_linear.default(x, qweight, scale, zero_point, bias)
+    return run
 
 
-def _int8_linear_dx_kernel(
-    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
-) -> torch.Tensor:
-    from squareq_fx.kernels.dispatch import int8_linear_dx as run
+def _without_gradient(name: str) -> Callable[..., Any]:
+    """What autograd sees of an operation: an error where it would cut a gradient."""
+    operation = getattr(torch.ops.squareq, name).default
 
-    return run(dy, qweight, scale, zero_point, in_features)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeStateError(
+                f"squareq.{name} would cut a gradient: an input requires grad and this operation has no backward of its own. "
+                "Compile with lora=squareq_fx.Lora(...) to train, call the module under torch.no_grad(), or detach its inputs."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args, **kwargs)
+
+    return run
 
 
 def _cotangent_kernel(output: torch.Tensor, index: int) -> torch.Tensor:
@@ -203,9 +203,10 @@ def _argument_kernel(x: torch.Tensor, module: str, name: str) -> None:
 
 
 _LIBRARY.impl("argument", _argument_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("int8_linear", _int8_linear_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("int8_linear", _int8_linear_autograd, "Autograd")
-_LIBRARY.impl("int8_linear_dx", _int8_linear_dx_kernel, "CompositeExplicitAutograd")
+for _name in ("int8_linear", "int8_linear_dx", "int8_linear_parts", "quantize_rows", "int8_matmul"):
+    _LIBRARY.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
+for _name in ("int8_linear", "int8_linear_parts", "quantize_rows", "int8_matmul"):
+    _LIBRARY.impl(_name, _without_gradient(_name), "Autograd")
 _LIBRARY.impl("cotangent", _cotangent_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("keep", _keep_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("load", _load_kernel, "CompositeExplicitAutograd")
@@ -224,25 +225,80 @@ def _int8_linear_fake(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     bias: torch.Tensor | None = None,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
-    torch._check(x.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear: x [..., in], qweight [out, in_padded]")
+    _check_fake("int8_linear", x, qweight, compute)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+@torch.library.register_fake("squareq::int8_linear_parts", lib=_LIBRARY)
+def _int8_linear_parts_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: int,
+) -> torch.Tensor:
+    _check_fake("int8_linear_parts", x, qweight, "w8a16")
+    torch._check(qweight.shape[0] % parts == 0, lambda: f"int8_linear_parts: {qweight.shape[0]} rows are not {parts} layers")
+    return x.new_empty((parts, *x.shape[:-1], qweight.shape[0] // parts))
+
+
+def _check_fake(name: str, x: torch.Tensor, qweight: torch.Tensor, compute: str) -> None:
+    torch._check(x.dim() >= 1 and qweight.dim() == 2, lambda: f"{name}: x [..., in], qweight [out, in_padded]")
     torch._check(
         x.dtype in (torch.float32, torch.bfloat16, torch.float16),
-        lambda: f"int8_linear: x is {x.dtype}, not float32, bfloat16 or float16",
+        lambda: f"{name}: x is {x.dtype}, not float32, bfloat16 or float16",
     )
-    torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear: qweight is {qweight.dtype}, not int8")
-    torch._check(x.shape[-1] <= qweight.shape[1], lambda: "int8_linear: x is wider than qweight")
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+    torch._check(qweight.dtype == torch.int8, lambda: f"{name}: qweight is {qweight.dtype}, not int8")
+    torch._check(x.shape[-1] <= qweight.shape[1], lambda: f"{name}: x is wider than qweight")
+    torch._check(compute in COMPUTES, lambda: f"{name}: compute is {compute!r}, not one of {COMPUTES}")
 
 
 @torch.library.register_fake("squareq::int8_linear_dx", lib=_LIBRARY)
 def _int8_linear_dx_fake(
-    dy: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, in_features: int
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    in_features: int,
+    compute: str = "w8a16",
 ) -> torch.Tensor:
     torch._check(dy.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear_dx: dy [..., out], qweight [out, in_padded]")
     torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear_dx: qweight is {qweight.dtype}, not int8")
     torch._check(in_features <= qweight.shape[1], lambda: "int8_linear_dx: in_features is wider than qweight")
+    torch._check(compute in COMPUTES, lambda: f"int8_linear_dx: compute is {compute!r}, not one of {COMPUTES}")
     return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.register_fake("squareq::quantize_rows", lib=_LIBRARY)
+def _quantize_rows_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    torch._check(x.dim() >= 1 and x.is_floating_point(), lambda: f"quantize_rows: x [..., K] floats, got {x.dtype}")
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("squareq::int8_matmul", lib=_LIBRARY)
+def _int8_matmul_fake(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    torch._check(xq.dtype == torch.int8, lambda: f"int8_matmul: xq is {xq.dtype}, not int8")
+    torch._check(qweight.dtype == torch.int8, lambda: f"int8_matmul: qweight is {qweight.dtype}, not int8")
+    torch._check(xq.shape[-1] <= qweight.shape[1], lambda: "int8_matmul: xq is wider than qweight")
+    torch._check(activation in ACTIVATIONS, lambda: f"int8_matmul: activation is {activation!r}, not one of {ACTIVATIONS}")
+    torch._check(qweight.shape[0] % parts == 0, lambda: f"int8_matmul: {qweight.shape[0]} rows are not {parts} layers")
+    torch._check(addend is None or parts == 1, lambda: "int8_matmul: an addend goes with one part only")
+    shape = (*xq.shape[:-1], qweight.shape[0] // parts)
+    return xq.new_empty(shape if parts == 1 else (parts, *shape), dtype=dtype)
 
 
 @torch.library.register_fake("squareq::cotangent", lib=_LIBRARY)
@@ -295,6 +351,9 @@ def _argument_fake(x: torch.Tensor, module: str, name: str) -> None:
 argument = torch.ops.squareq.argument.default
 int8_linear = torch.ops.squareq.int8_linear.default
 int8_linear_dx = torch.ops.squareq.int8_linear_dx.default
+int8_linear_parts = torch.ops.squareq.int8_linear_parts.default
+quantize_rows = torch.ops.squareq.quantize_rows.default
+int8_matmul = torch.ops.squareq.int8_matmul.default
 cotangent = torch.ops.squareq.cotangent.default
 keep = torch.ops.squareq.keep.default
 load = torch.ops.squareq.load.default

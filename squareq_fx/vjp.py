@@ -133,14 +133,14 @@ class _Int8Linear(torch.autograd.Function):
     """While tracing only: it is what tells autograd that the gradient of an int8 layer is `int8_linear_dx`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, qweight: Any, scale: Any, zero_point: Any, bias: Any) -> Any:
+    def forward(ctx: Any, x: Any, qweight: Any, scale: Any, zero_point: Any, bias: Any, *compute: str) -> Any:
         ctx.save_for_backward(qweight, scale, zero_point)
-        ctx.in_features = x.shape[-1]
-        return ops.int8_linear(x, qweight, scale, zero_point, bias)
+        ctx.in_features, ctx.arguments = x.shape[-1], 5 + len(compute)
+        return ops.int8_linear(x, qweight, scale, zero_point, bias, *compute)
 
     @staticmethod
     def backward(ctx: Any, *dy: Any) -> Any:
-        return ops.int8_linear_dx(dy[0], *ctx.saved_tensors, ctx.in_features), None, None, None, None
+        return ops.int8_linear_dx(dy[0], *ctx.saved_tensors, ctx.in_features), *([None] * (ctx.arguments - 1))
 
 
 class _Recording(fx.Interpreter):
