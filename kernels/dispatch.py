@@ -21,6 +21,7 @@ from squareq_fx.kernels.arguments import (
 
 __all__ = [
     "FUSED_MAX_ROWS",
+    "GEMV_MAX_ROWS",
     "dequantized_linear",
     "int8_linear",
     "int8_linear_dx",
@@ -34,11 +35,14 @@ __all__ = [
     "run_quantize_rows",
 ]
 
-FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 0}
+GEMV_MAX_ROWS = 2
+"""Rows of x up to which the product is one of memory alone (`int8_gemv`)."""
+
+FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: GEMV_MAX_ROWS}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
 
 The crossover `benchmarks/kernels.py` measured on an H200 at 3072 x 3072 (benchmarks/results/kernels.md): in bf16 the fused
-kernel is ahead up to 128 rows, in float32, where it has no tensor cores to use, nowhere."""
+kernel is ahead up to 128 rows, in float32, where it has no tensor cores to use, for vectors only."""
 
 
 def int8_linear(
@@ -85,8 +89,9 @@ def run_int8_linear(
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
         return _dequantized(x, qweight, scale, zero_point, bias)
-    fused = _triton_module("int8_linear")
-    return fused.int8_linear(x, qweight, scale, zero_point, bias)
+    if x.shape[:-1].numel() <= GEMV_MAX_ROWS:
+        return _triton_module("int8_gemv").launch(x, qweight, scale, zero_point, bias)
+    return _triton_module("int8_linear").int8_linear(x, qweight, scale, zero_point, bias)
 
 
 def int8_linear_parts(

@@ -141,8 +141,9 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         x: [..., K] bf16, fp16 or fp32.
     Returns:
-        xq int8 [..., K] in -127..127, round to nearest even; sx float32 [...], the value of one step: the row's largest
-        magnitude over 127, or 1.0 where that magnitude is below 1e-30. A row with NaN or Inf has a scale that is not finite.
+        xq int8 [..., K] in -127..127: x times the reciprocal of sx, to the nearest even; sx float32 [...], the value of one
+        step: the row's largest magnitude over 127, or 1.0 where that magnitude is below 1e-30. A row with NaN or Inf has a
+        scale that is not finite.
     Raises:
         TypeError, ValueError: x has another dtype or no dimension.
     """
@@ -150,7 +151,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.to(torch.float32)
     top = rows.abs().amax(dim=-1) if x.shape[-1] else rows.new_zeros(x.shape[:-1])
     sx = torch.where(top < SMALLEST_ROW, torch.ones_like(top), top / torch.full_like(top, QMAX))  # NaN and Inf go through
-    return (rows / sx.unsqueeze(-1)).round().clamp(-QMAX, QMAX).to(torch.int8), sx
+    return (rows * (1.0 / sx).unsqueeze(-1)).round().clamp(-QMAX, QMAX).to(torch.int8), sx
 
 
 def int8_matmul(

@@ -1,0 +1,396 @@
+"""Triton: int8 activations times int8 weights on the int8 matrix units, finished in the same kernel.
+
+Sums are int32 and so exact: in which order they are taken cannot be seen in the result. That is why the last tiles, which do
+not fill the card, can be cut along K and summed by whichever program comes last (Stream-K, arXiv 2301.03598, with a tail of
+split tiles only) without losing the same bits at every run.
+
+On Hopper, programs stay and take tile after tile, and the tensor copy engine fetches the operands, so that one tile's first
+bytes arrive while another is finished.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from squareq_fx.kernels.arguments import check_matmul
+from squareq_fx.kernels.counters import COUNTERS, counters
+from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
+from squareq_fx.kernels.tiles import MatmulTile, tile_for
+
+__all__ = ["int8_matmul", "launch"]
+
+
+@triton.jit
+def _activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def _origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Tiles of up to eight row blocks share their weight tile while it is in L2.
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_m = (tile // (8 * tiles_n)) * 8
+    height = tl.minimum(tiles_m - first_m, 8)
+    m0 = (first_m + (tile % (8 * tiles_n)) % height) * BLOCK_M
+    n0 = ((tile % (8 * tiles_n)) // height) * BLOCK_N
+    return m0, n0
+
+
+@triton.jit
+def _finish(
+    acc,
+    correction,  # what the zero points take off, in steps; 0.0 in columns without one
+    keep,  # which columns are stored
+    m0,
+    n0,
+    sx_ptr,
+    scale_ptr,
+    bias_ptr,
+    addend_ptr,
+    y_ptr,
+    M,
+    N,
+    stride_am,
+    part_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    rows_m = tl.where(offs_m < M, offs_m, 0)
+    rows_n = tl.where(offs_n < N, offs_n, 0)
+    sx = tl.load(sx_ptr + rows_m)
+    scale = tl.load(scale_ptr + rows_n)
+    y = (acc.to(tl.float32) - correction) * (sx[:, None] * scale[None, :])
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows_n)[None, :]
+    y = _activated(y, ACTIVATION)
+    inside = (offs_m < M)[:, None] & ((offs_n < N) & keep)[None, :]
+    if addend_ptr is not None:
+        extra = tl.load(addend_ptr + rows_m.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=inside, other=0.0)
+        y += extra.to(tl.float32)
+    if ALIGNED:  # the tile's columns belong to one part
+        part = n0 // part_n
+        start = y_ptr + part.to(tl.int64) * M * part_n - part * part_n
+        target = start + offs_m.to(tl.int64)[:, None] * part_n + offs_n[None, :]
+    else:
+        part = offs_n // part_n
+        columns = part.to(tl.int64) * M * part_n + offs_n % part_n
+        target = y_ptr + offs_m.to(tl.int64)[:, None] * part_n + columns[None, :]
+    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(
+    acc,
+    a,
+    b,
+    m0,
+    n0,
+    begin,
+    end,
+    M,
+    N,
+    K,
+    packed_k,
+    stride_xm,
+    stride_qn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    if DESCRIPTORS:
+        for i in range(begin, end):
+            x = a.load([m0, i * BLOCK_K])
+            w = b.load([n0, i * BLOCK_K])
+            acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+    else:
+        # A row past the end reads row 0 and is not stored, which keeps row masks out of the loop.
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        x_tile = a + tl.where(offs_m < M, offs_m, 0).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+        w_tile = b + tl.where(offs_n < N, offs_n, 0).to(tl.int64)[None, :] * stride_qn + offs_k[:, None]
+        for i in range(begin, end):
+            k = i * BLOCK_K
+            if EVEN_K:
+                x = tl.load(x_tile + k)
+                w = tl.load(w_tile + k)
+            else:
+                x = tl.load(x_tile + k, mask=offs_k[None, :] < K - k, other=0)
+                w = tl.load(w_tile + k, mask=offs_k[:, None] < packed_k - k, other=0)
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "whole", "tail", "split"])
+def _int8_matmul(
+    a,  # [M, K] int8: a tensor descriptor if DESCRIPTORS, else a pointer
+    b,  # [N, K'] likewise
+    x_ptr,
+    q_ptr,
+    sx_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    addend_ptr,
+    y_ptr,
+    partial_ptr,
+    counter_ptr,
+    M,
+    N,
+    K,
+    packed_k,
+    stride_xm,
+    stride_qn,
+    stride_am,
+    part_n,  # columns of one part of y
+    whole,  # tiles computed by one program each
+    tail,  # tiles after those
+    split,  # programs that share each tile of the tail
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    depth = tl.cdiv(K, BLOCK_K)
+    asymmetric = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    for tile in tl.range(pid, whole, tl.num_programs(0), flatten=True):
+        m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        if DESCRIPTORS:  # written out: only a loop right inside this one is flattened into it
+            for i in range(depth):
+                x = a.load([m0, i * BLOCK_K])
+                w = b.load([n0, i * BLOCK_K])
+                acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+        else:
+            acc = _product(
+                acc, a, b, m0, n0, 0, depth, M, N, K, packed_k, stride_xm, stride_qn,
+                BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
+            )  # fmt: skip
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        has_zero = (tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0).to(tl.int32)
+        asymmetric |= has_zero
+        _finish(
+            acc, 0.0, has_zero == 0, m0, n0, sx_ptr, scale_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+            BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
+        )  # fmt: skip
+
+    if SPLITS and pid < tail * split:
+        tile = whole + pid // split
+        piece = pid % split
+        m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
+        acc = _product(
+            tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), a, b, m0, n0, depth * piece // split, depth * (piece + 1) // split,
+            M, N, K, packed_k, stride_xm, stride_qn, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
+        )  # fmt: skip
+        # Each piece leaves its sums and counts itself; whoever counts last adds the others' to its own.
+        slot = partial_ptr + (pid // split).to(tl.int64) * split * (BLOCK_M * BLOCK_N)
+        inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(slot + piece * (BLOCK_M * BLOCK_N) + inner, acc, cache_modifier=".cg")
+        tl.debug_barrier()
+        done = tl.atomic_add(counter_ptr + pid // split, 1, sem="acq_rel", scope="gpu")
+        if done == split - 1:
+            tl.debug_barrier()
+            for other in range(split):
+                if other != piece:
+                    acc += tl.load(slot + other * (BLOCK_M * BLOCK_N) + inner, cache_modifier=".cg")
+            tl.store(counter_ptr + pid // split, 0)  # ready for the next launch
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            has_zero = tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0
+            _finish(
+                acc, 0.0, has_zero == 0, m0, n0, sx_ptr, scale_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+                BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
+            )  # fmt: skip
+
+    # Columns with a zero point, which a symmetric slab has none of, were left out: their tiles are computed again, with the
+    # sums of x's rows. Inside the loop above, this would cost every tile of every layer.
+    if SPLITS:
+        m0, n0 = _origin(tl.minimum(whole + pid, whole + tail - 1), M, N, BLOCK_M, BLOCK_N)
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        asymmetric |= (tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0).to(tl.int32)
+    if tl.max(asymmetric, axis=0) > 0:
+        for tile in range(pid, whole + tail, tl.num_programs(0)):
+            m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
+            offs_m = m0 + tl.arange(0, BLOCK_M)
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            zero = tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0))
+            if tl.max((zero != 0.0).to(tl.int32), axis=0) > 0:
+                acc = _product(
+                    tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), x_ptr, q_ptr, m0, n0, 0, depth, M, N, K, packed_k,
+                    stride_xm, stride_qn, BLOCK_M, BLOCK_N, BLOCK_K, False, False,
+                )  # fmt: skip
+                offs_k = tl.arange(0, BLOCK_K)
+                x_tile = x_ptr + tl.where(offs_m < M, offs_m, 0).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+                total = tl.zeros((BLOCK_M,), dtype=tl.int32)
+                for k in range(0, K, BLOCK_K):
+                    x = tl.load(x_tile + k, mask=offs_k[None, :] < K - k, other=0)
+                    total += tl.sum(x.to(tl.int32), axis=1)
+                _finish(
+                    acc, zero[None, :] * total.to(tl.float32)[:, None], zero != 0.0, m0, n0, sx_ptr, scale_ptr, bias_ptr,
+                    addend_ptr, y_ptr, M, N, stride_am, part_n, BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
+                )  # fmt: skip
+
+
+INTERPRETED = is_interpreted(_int8_matmul)
+_INTERPRETER_TILE = MatmulTile(16, 32, 64, 4, 1, 1, 1)
+_INTERPRETER_PROGRAMS = 4
+"""The interpreter's card: so few programs at a time that small tests split tiles too."""
+_MIN_DEPTH = 2 if INTERPRETED else 8
+"""Steps of K that a piece of a split tile has at least: leaving and adding sums costs about as much as five."""
+
+
+def int8_matmul(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+    tile: MatmulTile | None = None,
+) -> torch.Tensor:
+    """reference.int8_matmul; arguments, result and errors are its.
+
+    Args:
+        tile: fixes the tile, which changes the time only; by default the one `tiles` has for (rows, width, depth).
+    """
+    check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
+    return launch(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts, tile)
+
+
+def launch(
+    xq: torch.Tensor,
+    sx: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    addend: torch.Tensor | None = None,
+    parts: int = 1,
+    tile: MatmulTile | None = None,
+) -> torch.Tensor:
+    """`int8_matmul` of arguments that were checked already."""
+    in_features, rows, width = xq.shape[-1], xq.shape[:-1].numel(), qweight.shape[0]
+    shape = (*xq.shape[:-1], width // parts)
+    y = torch.empty(shape if parts == 1 else (parts, *shape), dtype=stored_dtype(dtype, INTERPRETED), device=xq.device)
+    if y.numel() == 0:
+        return y.to(dtype)
+    x2 = _rows(xq, rows, in_features)
+    extra = None if addend is None else _rows(addend, rows, width)
+    if qweight.stride(1) != 1:
+        qweight = qweight.contiguous()
+    if tile is None:
+        known = tile_for("int8_matmul", rows, width, in_features, dtype, xq.device) if not INTERPRETED else None
+        tile = known if isinstance(known, MatmulTile) else _INTERPRETER_TILE
+    whole, tail, split, programs = _schedule(rows, width, in_features, tile, xq.device)
+    partial = count = None
+    if tail:
+        count = counters(xq.device)
+        if count is None:
+            whole, tail, split = whole + tail, 0, 1
+        else:
+            partial = torch.empty(tail * split * tile.m * tile.n, dtype=torch.int32, device=xq.device)
+    described = not INTERPRETED and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
+    a: object = x2
+    b: object = qweight
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m, tile.k])
+        b = TensorDescriptor(qweight, [width, in_features], [qweight.stride(0), 1], [tile.n, tile.k])
+    with launch_device(xq, INTERPRETED):
+        _int8_matmul[(programs,)](
+            a,
+            b,
+            x2,
+            qweight,
+            sx.contiguous(),
+            scale.contiguous(),
+            zero_point.contiguous(),
+            None if bias is None else bias.contiguous(),
+            extra,
+            y,
+            partial,
+            count,
+            rows,
+            width,
+            in_features,
+            qweight.shape[1],
+            x2.stride(0),
+            qweight.stride(0),
+            extra.stride(0) if extra is not None else 0,
+            width // parts,
+            whole,
+            tail,
+            split,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            DESCRIPTORS=described,
+            EVEN_K=in_features % tile.k == 0,
+            ALIGNED=parts == 1 or (width // parts) % tile.n == 0,
+            ACTIVATION=activation,
+            SPLITS=tail > 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return y.to(dtype)
+
+
+def _rows(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    flat = x.reshape(rows, columns)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch.device) -> tuple[int, int, int, int]:
+    """(tiles of one program each, tiles after those, programs for each of these, programs launched)."""
+    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
+    if not tile.programs:
+        return tiles, 0, 1, tiles
+    at_once = _INTERPRETER_PROGRAMS if INTERPRETED else _processors(device) * tile.programs
+    tail = tiles % at_once
+    split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH) if tail and tile.split else 1
+    if split < 2 or tail > COUNTERS:
+        return tiles, 0, 1, min(tiles, at_once)
+    return tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _has_descriptors(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _is_described(matrix: torch.Tensor) -> bool:
+    """Whether the tensor copy engine takes the matrix: 16-byte addresses and rows."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0

@@ -1,0 +1,112 @@
+"""Triton: rows of activations to int8 and one scale each, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from squareq_fx.kernels.arguments import check_quantize_rows
+from squareq_fx.kernels.launch import is_interpreted, launch_device
+from squareq_fx.kernels.reference import SMALLEST_ROW
+
+__all__ = ["WIDEST", "launch", "quantize_rows", "tile_for"]
+
+WIDEST = 16384
+"""Columns that one program holds in registers; a wider row is read twice."""
+
+
+@triton.jit
+def _to_int8(x, inverse):
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, which Triton has no function for. The launch turns
+    # contraction off: fused into one step, product and sum would round otherwise than the definition.
+    steps = (x * inverse + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(steps, -127.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def _scale(top, has_nan, SMALLEST: tl.constexpr):
+    scale = tl.where(top < SMALLEST, 1.0, tl.math.div_rn(top, 127.0))
+    return tl.where(has_nan > 0, float("nan"), scale)  # the maximum drops NaN
+
+
+@triton.jit(do_not_specialize=["M"])
+def _quantize_rows(
+    x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (cols < K)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + wide * stride_xm + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    top = tl.max(tl.abs(x), axis=1)
+    scale = _scale(top, tl.max((x != x).to(tl.int32), axis=1), SMALLEST)
+    q = _to_int8(x, tl.math.div_rn(1.0, scale)[:, None])
+    tl.store(q_ptr + wide * K + cols[None, :], q, mask=inside)
+    tl.store(s_ptr + rows, scale, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _quantize_wide_rows(x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_K)
+    top = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    bad = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(x))
+        bad = tl.maximum(bad, (x != x).to(tl.int32))
+    scale = _scale(tl.max(top, axis=0), tl.max(bad, axis=0), SMALLEST)
+    inverse = tl.math.div_rn(1.0, scale)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
+        tl.store(q_ptr + row * K + k + cols, _to_int8(x, inverse), mask=cols < K - k)
+    tl.store(s_ptr + row, scale)
+
+
+INTERPRETED = is_interpreted(_quantize_rows)
+
+
+def tile_for(columns: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program for rows of that many columns: the best of four to eight each on an H200."""
+    width = max(16, triton.next_power_of_2(columns))
+    height = max(1, 1024 // width)
+    return height, width, 2 if width <= 1024 else 4 if width <= 8192 else 8
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """reference.quantize_rows bit for bit.
+
+    Args:
+        x: [..., K] bf16, fp16 or fp32, any strides.
+    Returns:
+        xq int8 [..., K], contiguous; sx float32 [...].
+    Raises:
+        TypeError, ValueError: x has another dtype, no dimension, or is not on a CUDA device.
+    """
+    check_quantize_rows(x)
+    return launch(x)
+
+
+def launch(x: torch.Tensor, tile: tuple[int, int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of an argument that was checked already; tile: (rows, columns, warps), for measuring."""
+    columns, rows = x.shape[-1], x.shape[:-1].numel()
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return q, scale.fill_(1.0)
+    x2 = x.reshape(rows, columns)
+    if x2.stride(1) != 1:
+        x2 = x2.contiguous()
+    with launch_device(x, INTERPRETED):
+        if columns > WIDEST:
+            _quantize_wide_rows[(rows,)](
+                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, 4096, num_warps=8, enable_fp_fusion=False
+            )
+        else:
+            height, width, warps = tile or tile_for(columns)
+            grid = (triton.cdiv(rows, height),)
+            _quantize_rows[grid](
+                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, height, width, num_warps=warps, enable_fp_fusion=False
+            )
+    return q, scale
