@@ -155,8 +155,8 @@ def check_matmul(
         raise TypeError(f"xq must be int8, got {xq.dtype}; quantize_rows makes it")
     if sx.dtype != torch.float32:
         raise TypeError(f"sx must be float32, got {sx.dtype}")
-    if xq.dim() < 1 or sx.shape != xq.shape[:-1]:
-        raise ValueError(f"sx must have one value for each row of xq {tuple(xq.shape)}, got shape {tuple(sx.shape)}")
+    if xq.dim() < 1 or sx.shape != (*xq.shape[:-1], 2):
+        raise ValueError(f"sx must have step and sum of each row of xq {tuple(xq.shape)}, got shape {tuple(sx.shape)}")
     check_rows(qweight, scale, zero_point, min(xq.shape[-1], qweight.shape[-1]) if qweight.dim() else 0, dtype)
     if xq.shape[-1] > qweight.shape[1]:
         raise ValueError(f"xq has {xq.shape[-1]} columns but qweight {tuple(qweight.shape)} is only {qweight.shape[1]} wide")

@@ -7,6 +7,8 @@ megabytes is mapped, faulted in page by page and unmapped again at every call, w
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from squareq_fx.kernels.arguments import check_linear, check_linear_dx, check_matmul
@@ -102,17 +104,18 @@ def int8_matmul(
     addend: torch.Tensor | None = None,
     parts: int = 1,
 ) -> torch.Tensor:
-    """reference.int8_matmul by torch's int8 product with int32 sums: exact up to the scales.
+    """reference.int8_matmul with int32 sums of the products: exact up to the scales.
 
     Arguments, result and errors are reference.int8_matmul's.
     """
     check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
     in_features, rows = xq.shape[-1], xq.shape[:-1].numel()
     flat = xq.reshape(rows, in_features)
-    y = torch._int_mm(flat, qweight[:, :in_features].t()).to(torch.float32) if flat.numel() else _zeros(flat, qweight)
+    y = _int_product(flat, qweight[:, :in_features]).to(torch.float32)
+    sx = sx.reshape(rows, 2)
     if bool(zero_point.any()):
-        y -= flat.sum(1, dtype=torch.int32).to(torch.float32).unsqueeze(1) * zero_point
-    y *= sx.reshape(rows, 1) * scale
+        y -= sx[:, 1:] * zero_point
+    y *= sx[:, :1] * scale
     if bias is not None:
         y += bias
     y = activate(y, activation)
@@ -124,5 +127,29 @@ def int8_matmul(
     return split.reshape(parts, *xq.shape[:-1], qweight.shape[0] // parts)
 
 
-def _zeros(flat: torch.Tensor, qweight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(flat.shape[0], qweight.shape[0], device=flat.device)
+def _int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b^T of int8 matrices, exactly, as int32."""
+    if not a.numel() or not b.numel():
+        return a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    if a.shape[1] > 1 and _int_mm_is_exact():
+        return torch._int_mm(_in_rows(a), _in_rows(b).t())
+    total = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    for start in range(0, a.shape[1], 1024):  # so many products of bytes add up to less than 2^24: float32 holds each sum
+        x, w = (part[:, start : start + 1024].to(torch.float32) for part in (a, b))
+        total += torch.mm(x, w.t()).to(torch.int32)
+    return total
+
+
+def _in_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The same values in rows that follow each other: for overlapping ones, and for a depth of 1, torch's product leaves its
+    result as the memory was (pytorch/pytorch issue 195066). `contiguous` accepts any stride for a single row.
+    """
+    good = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix if good else matrix.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch's int8 product is: on x86 without VNNI, oneDNN adds two products in 16 bits, which overflow."""
+    a, b = (torch.full((32, 64), value, dtype=torch.int8) for value in (127, -127))
+    return all(bool((torch._int_mm(x, y.t()) == int(x[0, 0]) * int(y[0, 0]) * 64).all()) for x in (a, b) for y in (a, b))

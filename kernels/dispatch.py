@@ -130,9 +130,9 @@ def run_int8_linear_parts(
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
         weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, x.shape[-1], x.dtype)
         y = x.new_empty((parts, *x.shape[:-1], out_features))
-        rows = x.reshape(-1, x.shape[-1])
-        flat = y.view(parts, -1, out_features)
-        for i, piece in enumerate(weight.view(parts, out_features, -1).unbind()):
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        flat = y.view(parts, rows.shape[0], out_features)
+        for i, piece in enumerate(weight.view(parts, out_features, x.shape[-1]).unbind()):
             if bias is None:
                 torch.mm(rows, piece.t(), out=flat[i])
             else:
@@ -149,7 +149,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         x: [..., K] bf16, fp16 or fp32, any strides.
     Returns:
-        xq int8 [..., K], contiguous; sx float32 [...].
+        xq int8 [..., K], contiguous; sx float32 [..., 2], step and sum of each row.
     Raises:
         TypeError, ValueError: x has another dtype or no dimension.
         RuntimeError: Triton is needed and missing.
@@ -161,7 +161,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def run_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows` of arguments that were checked already."""
     if not x.is_cuda and not _is_interpreting():
-        return reference.quantize_rows(x)
+        xq, sx = reference.quantize_rows(x)
+        return xq.contiguous(), sx.contiguous()
     return _triton_module("quantize_rows").launch(x)
 
 

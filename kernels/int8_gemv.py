@@ -51,18 +51,26 @@ def _int8_gemv(
         else:
             q = tl.load(q_tile + k, mask=(offs_k < K - k)[None, :], other=0).to(tl.float32)
             x = tl.load(x_ptr + k + offs_k, mask=offs_k < K - k, other=0.0).to(tl.float32)
+        if x_ptr.dtype.element_ty == tl.float32:  # in 16 bits the result's rounding hides what the other order loses
+            q -= zero[:, None]
         first += q * x[None, :]
         first_sum += x
         if ROWS == 2:
             x = tl.load(x_ptr + stride_xm + k + offs_k, mask=offs_k < K - k, other=0.0).to(tl.float32)
             second += q * x[None, :]
             second_sum += x
-    y = (tl.sum(first, axis=1) - zero * tl.sum(first_sum, axis=0)) * scale
+    y = tl.sum(first, axis=1)
+    if x_ptr.dtype.element_ty != tl.float32:
+        y -= zero * tl.sum(first_sum, axis=0)
+    y *= scale
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows)
     tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=inside)
     if ROWS == 2:
-        y = (tl.sum(second, axis=1) - zero * tl.sum(second_sum, axis=0)) * scale
+        y = tl.sum(second, axis=1)
+        if x_ptr.dtype.element_ty != tl.float32:
+            y -= zero * tl.sum(second_sum, axis=0)
+        y *= scale
         if bias_ptr is not None:
             y += tl.load(bias_ptr + rows)
         tl.store(y_ptr + N + offs_n, y.to(y_ptr.dtype.element_ty), mask=inside)

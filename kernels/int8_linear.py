@@ -156,7 +156,7 @@ def int8_linear(
         known = tile_for("int8_linear", rows, out_features, in_features, x.dtype, x.device) if not INTERPRETED else None
         tile = known if isinstance(known, FusedTile) else _INTERPRETER_TILE
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n)
-    split, partial, count = min(tile.split, triton.cdiv(in_features, tile.k)), None, None
+    split, partial, count = min(tile.split, max(1, triton.cdiv(in_features, tile.k))), None, None
     if split > 1:
         count = counters(x.device) if tiles <= COUNTERS else None
         split = split if count is not None else 1

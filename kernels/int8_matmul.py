@@ -50,12 +50,11 @@ def _origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _finish(
     acc,
-    correction,  # what the zero points take off, in steps; 0.0 in columns without one
-    keep,  # which columns are stored
     m0,
     n0,
     sx_ptr,
     scale_ptr,
+    zero_ptr,
     bias_ptr,
     addend_ptr,
     y_ptr,
@@ -72,13 +71,15 @@ def _finish(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     rows_m = tl.where(offs_m < M, offs_m, 0)
     rows_n = tl.where(offs_n < N, offs_n, 0)
-    sx = tl.load(sx_ptr + rows_m)
+    step = tl.load(sx_ptr + 2 * rows_m)
+    total = tl.load(sx_ptr + 2 * rows_m + 1)
     scale = tl.load(scale_ptr + rows_n)
-    y = (acc.to(tl.float32) - correction) * (sx[:, None] * scale[None, :])
+    zero = tl.load(zero_ptr + rows_n)
+    y = (acc.to(tl.float32) - total[:, None] * zero[None, :]) * (step[:, None] * scale[None, :])
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows_n)[None, :]
     y = _activated(y, ACTIVATION)
-    inside = (offs_m < M)[:, None] & ((offs_n < N) & keep)[None, :]
+    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if addend_ptr is not None:
         extra = tl.load(addend_ptr + rows_m.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=inside, other=0.0)
         y += extra.to(tl.float32)
@@ -142,8 +143,6 @@ def _product(
 def _int8_matmul(
     a,  # [M, K] int8: a tensor descriptor if DESCRIPTORS, else a pointer
     b,  # [N, K'] likewise
-    x_ptr,
-    q_ptr,
     sx_ptr,
     scale_ptr,
     zero_ptr,
@@ -174,7 +173,6 @@ def _int8_matmul(
 ):
     pid = tl.program_id(0)
     depth = tl.cdiv(K, BLOCK_K)
-    asymmetric = tl.zeros((BLOCK_N,), dtype=tl.int32)
     for tile in tl.range(pid, whole, tl.num_programs(0), flatten=True):
         m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -188,11 +186,8 @@ def _int8_matmul(
                 acc, a, b, m0, n0, 0, depth, M, N, K, packed_k, stride_xm, stride_qn,
                 BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
             )  # fmt: skip
-        offs_n = n0 + tl.arange(0, BLOCK_N)
-        has_zero = (tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0).to(tl.int32)
-        asymmetric |= has_zero
         _finish(
-            acc, 0.0, has_zero == 0, m0, n0, sx_ptr, scale_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+            acc, m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
             BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
         )  # fmt: skip
 
@@ -216,40 +211,10 @@ def _int8_matmul(
                 if other != piece:
                     acc += tl.load(slot + other * (BLOCK_M * BLOCK_N) + inner, cache_modifier=".cg")
             tl.store(counter_ptr + pid // split, 0)  # ready for the next launch
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            has_zero = tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0
             _finish(
-                acc, 0.0, has_zero == 0, m0, n0, sx_ptr, scale_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+                acc, m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
                 BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
             )  # fmt: skip
-
-    # Columns with a zero point, which a symmetric slab has none of, were left out: their tiles are computed again, with the
-    # sums of x's rows. Inside the loop above, this would cost every tile of every layer.
-    if SPLITS:
-        m0, n0 = _origin(tl.minimum(whole + pid, whole + tail - 1), M, N, BLOCK_M, BLOCK_N)
-        offs_n = n0 + tl.arange(0, BLOCK_N)
-        asymmetric |= (tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0)) != 0.0).to(tl.int32)
-    if tl.max(asymmetric, axis=0) > 0:
-        for tile in range(pid, whole + tail, tl.num_programs(0)):
-            m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
-            offs_m = m0 + tl.arange(0, BLOCK_M)
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            zero = tl.load(zero_ptr + tl.where(offs_n < N, offs_n, 0))
-            if tl.max((zero != 0.0).to(tl.int32), axis=0) > 0:
-                acc = _product(
-                    tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), x_ptr, q_ptr, m0, n0, 0, depth, M, N, K, packed_k,
-                    stride_xm, stride_qn, BLOCK_M, BLOCK_N, BLOCK_K, False, False,
-                )  # fmt: skip
-                offs_k = tl.arange(0, BLOCK_K)
-                x_tile = x_ptr + tl.where(offs_m < M, offs_m, 0).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
-                total = tl.zeros((BLOCK_M,), dtype=tl.int32)
-                for k in range(0, K, BLOCK_K):
-                    x = tl.load(x_tile + k, mask=offs_k[None, :] < K - k, other=0)
-                    total += tl.sum(x.to(tl.int32), axis=1)
-                _finish(
-                    acc, zero[None, :] * total.to(tl.float32)[:, None], zero != 0.0, m0, n0, sx_ptr, scale_ptr, bias_ptr,
-                    addend_ptr, y_ptr, M, N, stride_am, part_n, BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
-                )  # fmt: skip
 
 
 INTERPRETED = is_interpreted(_int8_matmul)
@@ -328,8 +293,6 @@ def launch(
         _int8_matmul[(programs,)](
             a,
             b,
-            x2,
-            qweight,
             sx.contiguous(),
             scale.contiguous(),
             zero_point.contiguous(),
@@ -392,5 +355,5 @@ def _has_descriptors(device: torch.device) -> bool:
 
 
 def _is_described(matrix: torch.Tensor) -> bool:
-    """Whether the tensor copy engine takes the matrix: 16-byte addresses and rows."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0
+    """Whether the tensor copy engine takes the matrix: 16-byte addresses and rows, which do not overlap."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(0) >= matrix.shape[1]

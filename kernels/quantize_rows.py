@@ -43,7 +43,8 @@ def _quantize_rows(
     scale = _scale(top, tl.max((x != x).to(tl.int32), axis=1), SMALLEST)
     q = _to_int8(x, tl.math.div_rn(1.0, scale)[:, None])
     tl.store(q_ptr + wide * K + cols[None, :], q, mask=inside)
-    tl.store(s_ptr + rows, scale, mask=rows < M)
+    tl.store(s_ptr + 2 * rows, scale, mask=rows < M)
+    tl.store(s_ptr + 2 * rows + 1, tl.sum(q.to(tl.int32), axis=1).to(tl.float32), mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -58,10 +59,14 @@ def _quantize_wide_rows(x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.const
         bad = tl.maximum(bad, (x != x).to(tl.int32))
     scale = _scale(tl.max(top, axis=0), tl.max(bad, axis=0), SMALLEST)
     inverse = tl.math.div_rn(1.0, scale)
+    total = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
-        tl.store(q_ptr + row * K + k + cols, _to_int8(x, inverse), mask=cols < K - k)
-    tl.store(s_ptr + row, scale)
+        q = _to_int8(x, inverse)
+        total += q.to(tl.int32)
+        tl.store(q_ptr + row * K + k + cols, q, mask=cols < K - k)
+    tl.store(s_ptr + 2 * row, scale)
+    tl.store(s_ptr + 2 * row + 1, tl.sum(total, axis=0).to(tl.float32))
 
 
 INTERPRETED = is_interpreted(_quantize_rows)
@@ -80,7 +85,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         x: [..., K] bf16, fp16 or fp32, any strides.
     Returns:
-        xq int8 [..., K], contiguous; sx float32 [...].
+        xq int8 [..., K], contiguous; sx float32 [..., 2], step and sum of each row.
     Raises:
         TypeError, ValueError: x has another dtype, no dimension, or is not on a CUDA device.
     """
@@ -92,9 +97,10 @@ def launch(x: torch.Tensor, tile: tuple[int, int, int] | None = None) -> tuple[t
     """`quantize_rows` of an argument that was checked already; tile: (rows, columns, warps), for measuring."""
     columns, rows = x.shape[-1], x.shape[:-1].numel()
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return q, scale.fill_(1.0)
+        scale[..., 0], scale[..., 1] = 1.0, 0.0
+        return q, scale
     x2 = x.reshape(rows, columns)
     if x2.stride(1) != 1:
         x2 = x2.contiguous()

@@ -141,17 +141,19 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         x: [..., K] bf16, fp16 or fp32.
     Returns:
-        xq int8 [..., K] in -127..127: x times the reciprocal of sx, to the nearest even; sx float32 [...], the value of one
-        step: the row's largest magnitude over 127, or 1.0 where that magnitude is below 1e-30. A row with NaN or Inf has a
-        scale that is not finite.
+        xq int8 [..., K] in -127..127: x times the reciprocal of a row's step, to the nearest even; sx float32 [..., 2]: the
+        value of one step, which is the row's largest magnitude over 127, or 1.0 where that magnitude is below 1e-30, and the
+        sum of the row of xq, which a weight's zero points are multiplied with (arXiv 1712.05877, section 2.3). A row with NaN
+        or Inf has a step that is not finite.
     Raises:
         TypeError, ValueError: x has another dtype or no dimension.
     """
     check_quantize_rows(x)
     rows = x.to(torch.float32)
     top = rows.abs().amax(dim=-1) if x.shape[-1] else rows.new_zeros(x.shape[:-1])
-    sx = torch.where(top < SMALLEST_ROW, torch.ones_like(top), top / torch.full_like(top, QMAX))  # NaN and Inf go through
-    return (rows * (1.0 / sx).unsqueeze(-1)).round().clamp(-QMAX, QMAX).to(torch.int8), sx
+    step = torch.where(top < SMALLEST_ROW, torch.ones_like(top), top / torch.full_like(top, QMAX))  # NaN and Inf go through
+    xq = (rows * (1.0 / step).unsqueeze(-1)).round().clamp(-QMAX, QMAX).to(torch.int8)
+    return xq, torch.stack((step, xq.sum(dim=-1, dtype=torch.int32).to(torch.float32)), dim=-1)
 
 
 def int8_matmul(
@@ -166,10 +168,10 @@ def int8_matmul(
     addend: torch.Tensor | None = None,
     parts: int = 1,
 ) -> torch.Tensor:
-    """activation((xq @ (qweight - zero_point)^T) * sx * scale + bias) + addend, in float32, cast to dtype at the end.
+    """activation((xq @ (qweight - zero_point)^T) * step * scale + bias) + addend, in float32, cast to dtype at the end.
 
     Args:
-        xq: [..., K] int8; sx: [...] float32; qweight: [parts * N, K' >= K] int8; scale, zero_point: [parts * N] float32;
+        xq: [..., K] int8; sx: [..., 2] float32; qweight: [parts * N, K' >= K] int8; scale, zero_point: [parts * N] float32;
         bias: [parts * N] float32 or None; addend: [..., N] in dtype or None, only with one part.
         activation: "none", "gelu" (exact), "gelu_tanh" or "silu".
         parts: layers whose rows lie one after the other in qweight.
@@ -180,8 +182,8 @@ def int8_matmul(
     """
     check_matmul(xq, sx, qweight, scale, zero_point, bias, dtype, activation, addend, parts)
     # float64 holds every sum of products of bytes exactly, as the int32 accumulators of the kernels do.
-    steps = qweight[:, : xq.shape[-1]].to(torch.float64) - zero_point.to(torch.float64).unsqueeze(1)
-    y = torch.matmul(xq.to(torch.float64), steps.t()).to(torch.float32) * (sx.unsqueeze(-1) * scale)
+    steps = torch.matmul(xq.to(torch.float64), qweight[:, : xq.shape[-1]].to(torch.float64).t()).to(torch.float32)
+    y = (steps - sx[..., 1:] * zero_point) * (sx[..., :1] * scale)
     if bias is not None:
         y = y + bias
     y = activate(y, activation)

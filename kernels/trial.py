@@ -41,5 +41,5 @@ def trial(
     if kernel == "int8_linear":
         x = torch.randn(rows, depth, generator=generator, device=device).to(dtype)
         return lambda tile: run.int8_linear(x, qweight, scale, zero, bias, tile)
-    xq, sx = bytes_of(rows, depth), torch.ones(rows, device=device)
+    xq, sx = bytes_of(rows, depth), torch.ones(rows, 2, device=device)
     return lambda tile: run.launch(xq, sx, qweight, scale, zero, bias, dtype, tile=tile)

@@ -13,11 +13,15 @@ if __name__ == "passes":
         "import squareq_fx.passes instead: `import passes` from the repository's folder would make a second copy of every class"
     )
 
+from squareq_fx.compute import Compute, Decisions
 from squareq_fx.errors import PassError
 from squareq_fx.lora import Lora
+from squareq_fx.passes.activations import Activations
 from squareq_fx.passes.adapt import Adapt
+from squareq_fx.passes.attention import Attention
 from squareq_fx.passes.canonicalize import Canonicalize
 from squareq_fx.passes.differentiate import Differentiate, Save
+from squareq_fx.passes.fuse import Fuse
 from squareq_fx.passes.outline import Outline
 from squareq_fx.passes.quantize import Quantize
 from squareq_fx.passes.schedule import Schedule
@@ -26,9 +30,12 @@ from squareq_fx.pipeline import Pass, pass_name
 from squareq_fx.slab.reader import Slab
 
 __all__ = [
+    "Activations",
     "Adapt",
+    "Attention",
     "Canonicalize",
     "Differentiate",
+    "Fuse",
     "Outline",
     "Quantize",
     "Save",
@@ -42,6 +49,8 @@ __all__ = [
 def default_passes(
     slab: Slab,
     *,
+    compute: Compute | Mapping[str, Compute] | Decisions = "w8a16",
+    keep: Iterable[str] = (),
     lora: Lora | None = None,
     save: Save | Mapping[str, Save] = "recompute",
     inputs: Iterable[str] = (),
@@ -52,6 +61,7 @@ def default_passes(
     """What `compile` runs.
 
     Args:
+        compute, keep: of `Quantize`.
         lora: adds the adapters and the backward; None, and no `inputs`, for a model that only runs.
         save, inputs: of `Differentiate`.
         slots, distance, budget: of `Schedule`; `slots` also says how many segments `Stream` may hold.
@@ -62,8 +72,8 @@ def default_passes(
     inputs = tuple(inputs)
     adapt = () if lora is None else (Adapt(lora),)
     backward = () if lora is None and not inputs else (Differentiate(save, inputs),)
-    placed = (Stream(hold=slots), Schedule(slots, distance, budget))
-    return (Canonicalize(), Quantize(slab), *adapt, Outline(), *backward, *placed)
+    placed = (Stream(hold=slots), Activations(), Fuse(), Attention(), Schedule(slots, distance, budget))
+    return (Canonicalize(), Quantize(slab, compute, tuple(keep)), *adapt, Outline(), *backward, *placed)
 
 
 def insert_after(passes: Iterable[Pass], name: str, *new: Pass) -> tuple[Pass, ...]:

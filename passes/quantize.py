@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from squareq_fx import ops
+from squareq_fx.compute import Compute, Decisions, modes_of
 from squareq_fx.edit import add_weight, call, drop_unused_weights, finish, replace
 from squareq_fx.errors import PassError
 from squareq_fx.inference import empty
@@ -26,22 +28,36 @@ class Quantize:
 
     Args:
         slab: x [..., in] bf16, fp16 or fp32; qweight [out, in_padded] int8; scale, zero_point [out] fp32; bias [out] fp32.
+        compute: what every layer multiplies, or layer name to that (layers without an entry: "w8a16"), or `Decisions`.
+            "w8a16": the activations as they are with the widened weight. "w8a8": rows of the activations in int8 too; the
+            node then ends in `"w8a8"`, and `activations` makes two of it.
+        keep: layers that compute in 16 bits whatever `compute` says: suffixes of names ("proj_out") or regular expressions
+            of a whole name. Their weights are the slab's INT8 rows all the same, for the slab has no others; a layer whose
+            weight must stay 16 bits too is left out of the slab with `build_slab(exclude=...)`.
 
     Requires: a graph before outlining.   Preserves: signature, every shape and dtype.
-    Changes: values, within half a step (scale / 2) a weight.
+    Changes: values, within half a step (scale / 2) a weight; with "w8a8" also half a step (the row's largest magnitude / 254)
+    an activation.
     A layer called twice becomes two nodes. A layer the model never calls is named in the program's notes.
 
     Raises:
-        PassError: the slab is of another model; a slab weight is read by anything but a Linear call; shapes differ.
+        PassError: the slab is of another model; a slab weight is read by anything but a Linear call; shapes differ; `compute`
+            names a layer or a way that is none; a `keep` matches no layer of the slab.
 
     Source: LLM.int8() (arXiv 2208.07339), section 2.1: vector-wise symmetric weights, here without the outlier split.
     """
 
     slab: Slab
+    compute: Compute | Mapping[str, Compute] | Decisions = "w8a16"
+    keep: tuple[str, ...] = ()
 
     name = "quantize"
     requires_level = Level.CAPTURED
     changes_inputs = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+        modes_of(self.slab, self.compute, self.keep)
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
         record = program(gm)
@@ -54,18 +70,23 @@ class Quantize:
             )
         gm = clone(gm)
         weights = weight_inputs(gm)
+        modes = modes_of(self.slab, self.compute, self.keep)
         for key, layers in self._layers_by_weight(gm).items():
             if key in weights:
-                self._rewrite(gm, weights[key], layers)
+                self._rewrite(gm, weights[key], layers, modes)
         drop_unused_weights(gm)
         finish(gm)
         called = {info(n).layer for n in gm.graph.nodes if n.target is ops.int8_linear}
         never_called = [name for name in self.slab.layers if name not in called]
         notes = record.notes + tuple(f"slab layer {name} is never called by {record.model_class}" for name in never_called)
+        if isinstance(self.compute, Decisions):
+            notes += tuple(note for note in self.compute.notes if note not in notes)
+            update_program(gm, decisions=self.compute)
         return update_program(gm, level=max(record.level, Level.QUANTIZED), notes=tuple(dict.fromkeys(notes)))
 
     def ensures(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
-        """Every call of a slab layer is one int8 node, nothing else is, and no float weight of the slab is left.
+        """Every call of a slab layer is one int8 node that computes as was decided, nothing else is, and no float weight of
+        the slab is left.
 
         Raises:
             PassError: naming the layer.
@@ -83,6 +104,12 @@ class Quantize:
         total = sum(1 for n in after.graph.nodes if n.target is ops.int8_linear)
         if total != sum(found.values()):
             raise PassError(f"{total - sum(found.values())} int8 nodes belong to no layer of the slab")
+        modes = modes_of(self.slab, self.compute, self.keep)
+        decided = {info(n).layer for n in before.graph.nodes if n.target is ops.int8_linear}
+        for node in after.graph.nodes:
+            name = str(info(node).layer)
+            if node.target is ops.int8_linear and name in modes and name not in decided and _mode(node) != modes[name]:
+                raise PassError(f"layer {name} computes {_mode(node)}, not {modes[name]}")
         floats = [key for key in weight_inputs(after) if key.endswith(".weight")]
         left = [key for key in floats if key.removesuffix(".weight") in self.slab.layers]
         if left:
@@ -96,7 +123,9 @@ class Quantize:
             found.setdefault(tied.get(f"{name}.weight", f"{name}.weight"), []).append(layer)
         return found
 
-    def _rewrite(self, gm: fx.GraphModule, weight: fx.Node, layers: list[LayerEntry]) -> None:
+    def _rewrite(
+        self, gm: fx.GraphModule, weight: fx.Node, layers: list[LayerEntry], modes: Mapping[str, Compute]
+    ) -> None:
         shape, key = tuple(weight.meta["val"].shape), info(weight).key
         for layer in layers:
             if shape != tuple(layer.orig_shape):
@@ -118,7 +147,7 @@ class Quantize:
             if mine:
                 parts = self._inputs(gm, weight, layer, _is_own_bias(mine, layer))
                 for user in mine:
-                    self._rewrite_call(user, parts, layer)
+                    self._rewrite_call(user, parts, layer, modes[layer.canonical_name])
 
     def _inputs(
         self, gm: fx.GraphModule, weight: fx.Node, layer: LayerEntry, with_bias: bool
@@ -138,16 +167,17 @@ class Quantize:
             if key != layer.bias_key or with_bias
         }
 
-    def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry) -> None:
+    def _rewrite_call(self, node: fx.Node, parts: dict[str, fx.Node], layer: LayerEntry, mode: Compute) -> None:
         x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
         own = parts.get(str(layer.bias_key)) if _reads_bias(node, layer) else None
         quantised = (parts[layer.qweight_key], parts[layer.scale_key], parts[layer.zero_point_key])
+        decided = () if mode == "w8a16" else (mode,)  # the default is not spelled out
         how = {"like": node, "made_by": self.name, "layer": layer.canonical_name}
         with node.graph.inserting_before(node):
             new = call(
                 node.graph,
                 ops.int8_linear,
-                (x, *quantised, own),
+                (x, *quantised, own, *decided),
                 name=layer.canonical_name.replace(".", "_"),
                 **how,  # type: ignore[arg-type]
             )
@@ -172,6 +202,10 @@ def _is_own_bias(calls: list[fx.Node], layer: LayerEntry) -> bool:
 def _reads_bias(node: fx.Node, layer: LayerEntry) -> bool:
     bias = node.args[2] if len(node.args) > 2 else None
     return isinstance(bias, fx.Node) and info(bias).key == layer.bias_key
+
+
+def _mode(node: fx.Node) -> object:
+    return node.args[5] if len(node.args) > 5 else "w8a16"
 
 
 def _calls(gm: fx.GraphModule, target: object, index: int, names: dict[str, str]) -> dict[str, int]:

@@ -17,6 +17,7 @@ __all__ = [
     "add_function",
     "add_input",
     "add_weight",
+    "arguments",
     "call",
     "call_function",
     "drop_unused_functions",
@@ -55,6 +56,13 @@ def call(
             node.meta[key] = like.meta[key]
     node.meta["val"] = infer(target, args, dict(kwargs or {}), getattr(like.meta.get("val"), "fake_mode", None))
     return set_info(node, made_by=made_by, layer=layer)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What an operator is called with, by argument name and in the order of its schema; defaults where the call gives none."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

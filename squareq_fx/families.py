@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Dims", "FamilyInputs", "family_inputs"]
+__all__ = ["Dims", "FamilyInputs", "family_inputs", "usual_call"]
 
 Dims = tuple["str | None", ...]
 """One entry a dimension: None is static, "batch" a symbol, "4*height" a multiple of one."""
@@ -67,6 +67,45 @@ def family_inputs(model: nn.Module) -> FamilyInputs | None:
             pairs = build(config, _dtype(model))
             return FamilyInputs(_select(pairs, 0), _select(pairs, 1))
     return None
+
+
+def usual_call(model: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments for one sample at the resolution the model's config says it is made for, every tensor on `meta`; None
+    if its family is not known. For sizes only: `family_inputs` are traced, and small.
+    """
+    family = family_inputs(model)
+    return None if family is None else _at_usual_sizes(family.kwargs, family.dims, model.config)
+
+
+def _at_usual_sizes(kwargs: dict[str, Any], dims: dict[str, Any], config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if isinstance(value, dict):
+            found[name] = _at_usual_sizes(value, dims[name], config)
+        elif isinstance(value, torch.Tensor):
+            sizes = [_usual_size(dim, size, dims[name], config) for dim, size in zip(dims[name], value.shape)]
+            found[name] = torch.empty(sizes, dtype=value.dtype, device="meta")
+        else:
+            found[name] = value
+    return found
+
+
+def _usual_size(dim: str | None, size: int, of: Dims, config: Any) -> int:
+    if dim is None:
+        return size
+    factor, _, name = dim.rpartition("*")
+    if name in ("height", "width"):
+        if any(d is not None and d.endswith("frames") for d in of):
+            extent = {"height": 60, "width": 104}[name]  # the latents of 480x832
+        else:
+            extent = getattr(config, "sample_size", None) or 128
+        extent = extent if isinstance(extent, int) else extent[0]
+        return max(1, extent // int(factor)) * int(factor)
+    return _USUAL[name] * int(factor or 1)
+
+
+_USUAL = {"batch": 1, "image_tokens": 4096, "text_tokens": 512, "tokens": 77, "frames": 21}
+"""A picture of 1024x1024 as Flux sees it, its text, CLIP's, 81 frames of video."""
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from squareq_fx import ops
 from squareq_fx.edit import finish
-from squareq_fx.ir import Level, functions, info, program, set_info, update_program
+from squareq_fx.ir import Level, functions, info, join_layers, layers, program, set_info, update_program
 
 __all__ = ["inline"]
 
@@ -63,7 +63,8 @@ def _rename(node: fx.Node, home: fx.Node, call: fx.Node) -> None:
     def moved(path: str) -> str | None:
         return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else None
 
-    layer = moved(info(node).layer or "")
+    names = [moved(name) for name in layers(node)]
+    layer = join_layers(name for name in names if name) if all(names) else None
     if node.target is ops.int8_linear:
         layer = info(node.args[1]).layer  # type: ignore[arg-type]
     if layer is not None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from squareq_fx.errors import PassError, VerificationError
 from squareq_fx.lora import Lora
+
+if TYPE_CHECKING:
+    from squareq_fx.compute import Decisions
 
 __all__ = [
     "CallSpec",
@@ -32,6 +35,8 @@ __all__ = [
     "functions",
     "identifier",
     "info",
+    "join_layers",
+    "layers",
     "model_source",
     "operation_name",
     "program",
@@ -65,7 +70,8 @@ class Info:
             matrix of a LoRA branch, "node" for the rest.
         key: an input's path in the call (`added_cond_kwargs['time_ids']`); a weight's name in the state dict or slab; an
             adapter's, `<layer>.lora_A.weight`.
-        layer: the slab layer this node computes or belongs to.
+        layer: the slab layer this node computes or belongs to; several, where layers are computed as one, joined by "+"
+            (`layers` tells them apart).
         made_by: the pass that made the node; None for what capture made.
         arguments: (block, name) pairs: what streaming blocks call this value in their own forward.
     """
@@ -131,6 +137,7 @@ class Program:
         dtype: the model's floating point type.
         guards: conditions on the input sizes under which the trace is the model's program (sympy expressions).
         segments: for every streamed segment, by name, what its flat buffer holds.
+        decisions: how each layer's way to compute was decided, if it was (`squareq_fx.compute`).
         lora: what the `adapt` pass was told; None before it.
         gradients: what the graph returns after the model's outputs: (kind, key) of the adapters and inputs whose gradients they
             are; empty before `differentiate`.
@@ -151,6 +158,7 @@ class Program:
     dtype: torch.dtype
     guards: tuple[Any, ...] = ()
     segments: Mapping[str, tuple[Packed, ...]] = field(default_factory=dict)
+    decisions: Decisions | None = None
     lora: Lora | None = None
     gradients: tuple[tuple[str, str], ...] = ()
     arena_bytes: int = 0
@@ -167,6 +175,20 @@ def info(node: fx.Node) -> Info:
 
 
 _DEFAULT = Info()
+
+
+def layers(node: fx.Node) -> tuple[str, ...]:
+    """The slab layers that `node` computes or belongs to; empty for none."""
+    layer = info(node).layer
+    return () if layer is None else tuple(layer.split(_JOIN))
+
+
+def join_layers(names: Iterable[str]) -> str | None:
+    """The value of `Info.layer` for a node that computes several layers, each named once; None for none."""
+    return _JOIN.join(dict.fromkeys(names)) or None
+
+
+_JOIN = "+"
 
 
 def set_info(node: fx.Node, **changes: Any) -> fx.Node:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from squareq_fx.errors import PassError
 
-__all__ = ["PRESETS", "Lora", "LoraLayer"]
+__all__ = ["PRESETS", "Lora", "LoraLayer", "matches", "near_names"]
 
 _ATTENTION = r"(.*\.)?((self_|cross_)?attn\d*|(self_|cross_)?attention\d*)\..+"
 _FEED_FORWARD = r"(.*\.)?(ff\d*|ff_context|ffn|mlp|feed_forward)\..+|(.*\.)?single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
@@ -102,30 +102,37 @@ class Lora:
             chosen = [name for name in available if any(_has_suffix(name, suffix) for suffix in self.targets)]
         for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
-                if not any(_matches(name, pattern) for name in chosen):
+                if not any(matches(name, pattern) for name in chosen):
                     raise PassError(_matches_nothing(what, pattern, chosen))
         return {name: self._layer(name) for name in chosen}
 
     def _layer(self, name: str) -> LoraLayer:
-        rank = next((value for key, value in self.rank_pattern.items() if _matches(name, key)), self.rank)
+        rank = next((value for key, value in self.rank_pattern.items() if matches(name, key)), self.rank)
         default = float(rank if self.alpha is None else self.alpha)
-        return LoraLayer(rank, next((float(v) for key, v in self.alpha_pattern.items() if _matches(name, key)), default))
+        return LoraLayer(rank, next((float(v) for key, v in self.alpha_pattern.items() if matches(name, key)), default))
 
 
 def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer's path ends with `pattern` at a dot ("to_q", "attn1.to_k") or is matched by it as a whole."""
     return _has_suffix(name, pattern) or re.fullmatch(pattern, name) is not None
 
 
-def _matches_nothing(what: str, wanted: str, available: Iterable[str]) -> str:
-    """The message, with the leaf names and paths nearest to what was asked for."""
+def near_names(wanted: str, available: Iterable[str]) -> str:
+    """The leaf names and paths nearest to what was asked for, for a message."""
     available = tuple(available)
     leaves = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in available)
     near = difflib.get_close_matches(wanted, [*leaves, *available], n=5, cutoff=0.4) or list(leaves)[:8]
+    return ", ".join(near) or "none"
+
+
+def _matches_nothing(what: str, wanted: str, available: Iterable[str]) -> str:
+    available = tuple(available)
     return (
         f"lora: {what} {wanted!r} matches none of the {len(available)} Linear layers the graph calls; near names are "
-        f"{', '.join(near) or 'none'}. Presets are {', '.join(PRESETS)}; other strings are regular expressions of a whole path."
+        f"{near_names(wanted, available)}. Presets are {', '.join(PRESETS)}; other strings are regular expressions of a whole "
+        "path."
     )

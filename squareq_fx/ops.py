@@ -5,7 +5,7 @@
 | `int8_linear(x, qweight, scale, zero_point, bias, compute)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
 | `int8_linear_dx(dy, qweight, scale, zero_point, in_features, compute)` | `dy @ dequantise(qweight)`, the gradient of `x` |
 | `int8_linear_parts(x, qweight, scale, zero_point, bias, parts)` | several layers of one input, their rows side by side |
-| `quantize_rows(x)` | int8 activations and one scale for each row |
+| `quantize_rows(x)` | int8 activations; step and sum of each row |
 | `int8_matmul(xq, sx, qweight, ..., activation, addend, parts)` | the product of both int8 operands, with its epilogue |
 | `cotangent(output, index)` | the gradient of the loss by an output; before it is the forward, after it the backward |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
@@ -32,7 +32,6 @@ import torch
 from torch.fx.node import has_side_effect
 
 from squareq_fx.errors import RuntimeStateError
-from squareq_fx.kernels.arguments import ACTIVATIONS, COMPUTES
 
 __all__ = [
     "RuntimeProtocol",
@@ -253,7 +252,15 @@ def _check_fake(name: str, x: torch.Tensor, qweight: torch.Tensor, compute: str)
     )
     torch._check(qweight.dtype == torch.int8, lambda: f"{name}: qweight is {qweight.dtype}, not int8")
     torch._check(x.shape[-1] <= qweight.shape[1], lambda: f"{name}: x is wider than qweight")
-    torch._check(compute in COMPUTES, lambda: f"{name}: compute is {compute!r}, not one of {COMPUTES}")
+    _check_name(name, "compute", compute, "COMPUTES")
+
+
+def _check_name(operation: str, argument: str, value: str, names: str) -> None:
+    """A string argument is one of those that `kernels.arguments` lists, which is imported when an operation is first used."""
+    from squareq_fx.kernels import arguments
+
+    known = getattr(arguments, names)
+    torch._check(value in known, lambda: f"{operation}: {argument} is {value!r}, not one of {known}")
 
 
 @torch.library.register_fake("squareq::int8_linear_dx", lib=_LIBRARY)
@@ -268,14 +275,14 @@ def _int8_linear_dx_fake(
     torch._check(dy.dim() >= 1 and qweight.dim() == 2, lambda: "int8_linear_dx: dy [..., out], qweight [out, in_padded]")
     torch._check(qweight.dtype == torch.int8, lambda: f"int8_linear_dx: qweight is {qweight.dtype}, not int8")
     torch._check(in_features <= qweight.shape[1], lambda: "int8_linear_dx: in_features is wider than qweight")
-    torch._check(compute in COMPUTES, lambda: f"int8_linear_dx: compute is {compute!r}, not one of {COMPUTES}")
+    _check_name("int8_linear_dx", "compute", compute, "COMPUTES")
     return dy.new_empty((*dy.shape[:-1], in_features))
 
 
 @torch.library.register_fake("squareq::quantize_rows", lib=_LIBRARY)
 def _quantize_rows_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(x.dim() >= 1 and x.is_floating_point(), lambda: f"quantize_rows: x [..., K] floats, got {x.dtype}")
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
 
 
 @torch.library.register_fake("squareq::int8_matmul", lib=_LIBRARY)
@@ -294,7 +301,7 @@ def _int8_matmul_fake(
     torch._check(xq.dtype == torch.int8, lambda: f"int8_matmul: xq is {xq.dtype}, not int8")
     torch._check(qweight.dtype == torch.int8, lambda: f"int8_matmul: qweight is {qweight.dtype}, not int8")
     torch._check(xq.shape[-1] <= qweight.shape[1], lambda: "int8_matmul: xq is wider than qweight")
-    torch._check(activation in ACTIVATIONS, lambda: f"int8_matmul: activation is {activation!r}, not one of {ACTIVATIONS}")
+    _check_name("int8_matmul", "activation", activation, "ACTIVATIONS")
     torch._check(qweight.shape[0] % parts == 0, lambda: f"int8_matmul: {qweight.shape[0]} rows are not {parts} layers")
     torch._check(addend is None or parts == 1, lambda: "int8_matmul: an addend goes with one part only")
     shape = (*xq.shape[:-1], qweight.shape[0] // parts)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from squareq_fx.attention_op import attention_summary
+from squareq_fx.explain import compute_summary
 from squareq_fx.ir import functions, info
 from squareq_fx.specs import short_spec
 
@@ -58,7 +60,10 @@ def show(gm: fx.GraphModule, function: str | None = None) -> str:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    parts = [_HEAD]
+    attention = attention_summary(gm)
+    compute = compute_summary(gm)
+    heads = (f"\n# {what}: {text}" for what, text in (("compute", compute), ("attention", attention)) if text)
+    parts = ["".join([_HEAD, *heads])]
     for name, child in children.items():
         times = calls.get(name, 0)
         parts.append("\n".join([f"# called {times} time{'s' if times != 1 else ''}", *_definition(name, child, {})]))

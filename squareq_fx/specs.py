@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -33,7 +34,7 @@ def spec(val: Any) -> str:
             cached = vars(val)[_CACHE] = _tensor_spec(val)
         return cached
     if isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool):
-        text = _size(val)
+        text = _canonical(val)
         return text if val.node.expr.is_number else f"sym:{text}"
     if isinstance(val, tuple | list):
         return "(" + ", ".join(map(spec, val)) + ")"
@@ -45,7 +46,7 @@ _CACHE = "_squareq_spec"
 
 def _tensor_spec(val: torch.Tensor) -> str:
     strides = ",".join(map(_stride, val.stride())) if val.layout == torch.strided else str(val.layout)
-    return f"{_dtype(val.dtype)}[{','.join(map(_size, val.shape))}]({strides})@{val.device}"
+    return f"{_dtype(val.dtype)}[{','.join(map(_canonical, val.shape))}]({strides})@{val.device}"
 
 
 def short_spec(val: Any) -> str:
@@ -65,15 +66,23 @@ def _size(value: Any) -> str:
     return re.sub(r"\bu\d+\b", "u", str(value.node.expr))
 
 
+def _canonical(value: Any) -> str:
+    """As `_size`, multiplied out: torch writes one product as `4*(n + 1)*m` or `(2*n + 2)*2*m`, as it comes."""
+    return str(value) if isinstance(value, int) else _multiplied_out(value.node.expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _multiplied_out(expression: Any) -> str:
+    return re.sub(r"\bu\d+\b", "u", str(expression.expand()))
+
+
 def _stride(value: Any) -> str:
     """A stride's `Max(1, n)` is `n`: they differ for empty tensors only, whose strides mean nothing, and torch writes now the
     one and now the other.
     """
-    text = _size(value)
-    if "Max(1, " not in text:
-        return text
-    expression = value.node.expr.replace(_is_at_least_one, lambda e: e.func(*(a for a in e.args if a != 1)))
-    return re.sub(r"\bu\d+\b", "u", str(expression))
+    if isinstance(value, int) or "Max(1, " not in _size(value):
+        return _canonical(value)
+    return _multiplied_out(value.node.expr.replace(_is_at_least_one, lambda e: e.func(*(a for a in e.args if a != 1))))
 
 
 def _is_at_least_one(expression: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from squareq_fx import ops
+from squareq_fx.attention_op import attention
 from squareq_fx.errors import PassError, VerificationError
 from squareq_fx.inference import infer
 from squareq_fx.ir import Level, fake_mode, functions, info, model_source, program
@@ -31,10 +32,14 @@ _SYMBOLIC = {
 _FIRST_LEVEL = {
     ops.int8_linear: Level.QUANTIZED,
     ops.int8_linear_dx: Level.DIFFERENTIATED,
+    ops.quantize_rows: Level.QUANTIZED,
+    ops.int8_matmul: Level.QUANTIZED,
+    ops.int8_linear_parts: Level.STREAMED,
     ops.cotangent: Level.DIFFERENTIATED,
     ops.offload: Level.DIFFERENTIATED,
     ops.fetch: Level.DIFFERENTIATED,
     ops.arrived: Level.DIFFERENTIATED,
+    attention: Level.STREAMED,
     ops.load: Level.STREAMED,
     ops.keep: Level.STREAMED,
     ops.evict: Level.STREAMED,

@@ -14,7 +14,7 @@ import torch
 from squareq_fx.errors import SlabError
 from squareq_fx.slab.checksums import checksum
 from squareq_fx.slab.extras import Extras, parse_extras
-from squareq_fx.slab.layout import segment_layout
+from squareq_fx.slab.layout import is_aligned_layout
 from squareq_fx.slab.manifest import Manifest, check_tensors, parse_manifest
 from squareq_fx.slab.paths import SlabPaths
 from squareq_fx.slab.reader import Slab
@@ -125,9 +125,8 @@ def _check_segments(extras: Extras, tensors: dict[str, TensorEntry], problems: l
         return
     for name, keys in extras.segments:
         start = tensors[keys[0]].offset
-        layout = segment_layout((key, tensors[key].nbytes) for key in keys)
-        if layout != [(key, tensors[key].offset - start) for key in keys]:
-            problems.append(f"segment {name!a} is not in the order of segment_layout")
+        if not is_aligned_layout([(tensors[key].offset - start, tensors[key].nbytes) for key in keys]):
+            problems.append(f"segment {name!a} has a gap, or a tensor that is not aligned; build the slab again")
 
 
 def _check_names(extras: Extras, manifest: Manifest, tensors: dict[str, TensorEntry], problems: list[str]) -> None:
