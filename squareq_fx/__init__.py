@@ -10,6 +10,7 @@ from squareq_fx.api import compile
 from squareq_fx.capture import capture
 from squareq_fx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from squareq_fx.compiled import CompiledModule
+from squareq_fx.compute import Decisions
 from squareq_fx.draw import draw
 from squareq_fx.errors import (
     AdapterError,
@@ -21,6 +22,7 @@ from squareq_fx.errors import (
     SquareQError,
     VerificationError,
 )
+from squareq_fx.explain import explain
 from squareq_fx.functional import value_and_grad
 from squareq_fx.inlining import inline
 from squareq_fx.lora import Lora
@@ -34,6 +36,7 @@ __all__ = [
     "BindingError",
     "CaptureError",
     "CompiledModule",
+    "Decisions",
     "Lora",
     "PassError",
     "RuntimeStateError",
@@ -48,6 +51,7 @@ __all__ = [
     "default_passes",
     "diff",
     "draw",
+    "explain",
     "inline",
     "insert_after",
     "latest_checkpoint",

@@ -8,6 +8,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 from squareq_fx.errors import SlabError, SquareQError
 
 if TYPE_CHECKING:
+    from squareq_fx.compute import Decisions
     from squareq_fx.slab import Slab
 
 __all__ = ["app"]
@@ -94,6 +96,9 @@ def inspect(
             if opened.segments:
                 _out.print(_segment_table(opened))
             _out.print(_layer_table(opened))
+            decisions = _decisions(opened)
+            if decisions is not None:
+                _out.print(_decision_table(decisions, opened))
 
 
 @app.command()
@@ -130,12 +135,13 @@ def verify(
 def demo(
     output: Annotated[Path, typer.Argument(help="directory for the report")] = Path("squareq_fx_demo"),
     open_browser: Annotated[bool, typer.Option("--open", help="open the report when it is done")] = False,
+    compute: Annotated[str, typer.Option(help="how the streamed model multiplies: w8a16, w8a8 or auto")] = "w8a16",
 ) -> None:
     """Compress, stream and sample a small trained model, and write a report to look at."""
     with _clean_errors():
         from squareq_fx.demo.run import run_demo
 
-        typer.echo(f"report: {run_demo(output, open_browser=open_browser)}")
+        typer.echo(f"report: {run_demo(output, open_browser=open_browser, compute=compute)}")
 
 
 @contextmanager
@@ -200,7 +206,33 @@ def _layer_table(slab: Slab) -> Table:
     return table
 
 
+def _decisions(slab: Slab) -> Decisions | None:
+    """What `compute="auto"` decided for the slab, if that lies beside it; an error if it is another slab's or damaged."""
+    from squareq_fx.compute import Decisions
+
+    path = Decisions.path_beside(slab)
+    if not path.exists():
+        return None
+    found = Decisions.load(path)
+    found.check_slab(slab)
+    return found
+
+
+def _decision_table(decisions: Decisions, slab: Slab) -> Table:
+    from squareq_fx.explain import decision_rows
+
+    shapes = {name: f"{layer.orig_shape[0]} x {layer.orig_shape[1]}" for name, layer in slab.layers.items()}
+    head, *rows = decision_rows(dict(decisions.layers), shapes, slab.block_paths)
+    table = Table(title=escape(decisions.notes[0]))
+    for i, column in enumerate(head):
+        table.add_column(column, justify="left" if i in (0, 4, 8) else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def _as_json(slab: Slab) -> dict[str, Any]:
+    decisions = _decisions(slab)
     return {
         "path": str(slab.path),
         "architecture_id": slab.manifest.architecture_id,
@@ -221,6 +253,7 @@ def _as_json(slab: Slab) -> dict[str, Any]:
             key: {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
             for key, entry in slab.passthrough.items()
         },
+        "compute": None if decisions is None else {name: asdict(entry) for name, entry in decisions.layers.items()},
         "segments": [
             {"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "tensors": list(s.tensors)}
             for s in slab.segments

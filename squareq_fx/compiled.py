@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from squareq_fx import ops
 from squareq_fx.adapter_methods import AdapterMethods
+from squareq_fx.backends import Lowering
 from squareq_fx.binding import Binding
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.ir import Stage, program
@@ -35,12 +36,14 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
     Attributes:
         history: every stage from capture on; `stage.graph` is the graph as it was then.
         runtime: loads and evicts the weights; None if the graph was emitted before `stream`.
+        lowering: how the functions run: the backend, and what Inductor compiled.
         training_step: forward and backward, if it was compiled with adapters or inputs to differentiate by; else None.
         config: the model's, if it has one.
     """
 
     _binding: Binding
     runtime: Runtime | None
+    lowering: Lowering
     training_step: Training | None
 
     @property
@@ -62,7 +65,9 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
         return self.runtime.last_step if self.runtime is not None else None
 
     def shutdown(self) -> None:
-        """Release the device arena and the pinned host memory. May be called twice; later calls of the module raise."""
+        """Release the device arena, the pinned host memory and what was recorded. May be called twice; later calls raise."""
+        for one in self.lowered():
+            one.close()
         if self.runtime is not None:
             self.runtime.shutdown()
 
@@ -75,7 +80,7 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
         cls = type(self)
         if "_binding" in self.__dict__:  # emit has bound it; until then `forward` is the graph's own
             self.__dict__["_run_graph"] = functools.partial(cls.forward, self)
-            self.__dict__["_lowered"] = Lowered(self, self.__dict__["_run_graph"])
+            self.__dict__["_lowered"] = Lowered(self, self.__dict__["_run_graph"], self.lowering)
             cls.forward = _bound_forward(self)
         return code
 
@@ -95,6 +100,10 @@ class CompiledModule(AdapterMethods, fx.GraphModule):
 
         keep(torch.empty((), dtype=self.dtype, device=self.device))
         return super()._apply(keep, recurse)
+
+    def lowered(self) -> tuple[Lowered, ...]:
+        """What runs the module's graphs: the forward, and the halves of `training_step`."""
+        return (self.__dict__["_lowered"], *(self.training_step.lowered if self.training_step is not None else ()))
 
     def _linear_sizes(self) -> dict[str, tuple[int, int]]:
         layers = self.__dict__["_original"].named_modules()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx, nn
 
 from squareq_fx.adapters.bank import AdapterBank
 from squareq_fx.adapters.packing import Slot
+from squareq_fx.backends import Backend, Lowering
 from squareq_fx.binding import Binding
 from squareq_fx.compiled import CompiledModule, Held
+from squareq_fx.errors import SquareQError
 from squareq_fx.halves import forward_only
 from squareq_fx.ir import Level, adapter_inputs, clone, identifier, info, program
 from squareq_fx.runtime import Runtime, WeightStore
@@ -32,6 +34,8 @@ def emit(
     *,
     backing: Backing = "host",
     keep_resident: Iterable[str] = (),
+    backend: Backend = "eager",
+    show: Callable[[str], None] = lambda text: None,
 ) -> CompiledModule:
     """A runnable module from a graph at any stage.
 
@@ -41,12 +45,21 @@ def emit(
         model: where weights the slab does not hold come from; may live on `meta`.
         slab: the quantised weights.
         backing, keep_resident: see `WeightStore`.
+        backend: how the graph's functions run (`Lowering`); all of them are compiled here.
+        show: called with the progress of that, as text.
 
     Raises:
         SlabError: a weight has no value, or its bytes in the slab are damaged.
+        SquareQError: there is no such backend, the graph has not come as far as it needs, or Inductor refuses a function.
     """
     whole, gm = gm, forward_only(gm)
     record = program(gm)
+    lowering = Lowering(backend, record.device)
+    if backend != "eager" and record.level < Level.STREAMED:
+        raise SquareQError(
+            f"backend={backend!r} compiles the functions of a streamed graph, and this one is {record.level.name.lower()}; go "
+            'on to the pass stream, or choose backend="eager"'
+        )
     values = WeightValues(model, slab, record.constants)
     inputs = {str(info(n).key): n for n in gm.graph.nodes if n.op == "placeholder" and info(n).kind == "weight"}
     streamed = [p.key for packed in record.segments.values() for p in packed]
@@ -65,6 +78,7 @@ def emit(
     compiled.meta = dict(body.meta)
     state = compiled.__dict__
     state["_binding"] = binding
+    state["lowering"] = lowering
     state["_original"] = skeleton(model)[0]
     state["config"] = getattr(model, "config", None)
     state["runtime"] = _runtime(gm, values, slab, backing, keep_resident) if record.level >= Level.STREAMED else None
@@ -79,9 +93,10 @@ def emit(
         def resident(key: str) -> torch.Tensor:
             return operator.attrgetter(paths[key])(compiled)
 
-        state["training_step"] = Training(whole, compiled._run, resident)
+        state["training_step"] = Training(whole, compiled._run, resident, lowering)
     compiled.eval()
     compiled.recompile()
+    lowering.prepare(compiled.lowered(), show)
     return compiled
 
 
@@ -149,7 +164,7 @@ def _free_path(root: nn.Module, key: str) -> str:
     """`key`, unless its first part is the name of a function of the graph or of an attribute of the module."""
     first = key.partition(".")[0]
     taken = isinstance(getattr(root, first, None), fx.GraphModule) or hasattr(CompiledModule, first)
-    taken = taken or first in ("config", "meta", "runtime", "training")
+    taken = taken or first in ("config", "lowering", "meta", "runtime", "training")
     return f"weights.{key}" if taken else key
 
 

@@ -16,16 +16,21 @@ from torch import fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from squareq_fx import ops
+from squareq_fx.attention_op import attention, run_attention
 from squareq_fx.ir import functions
 
-__all__ = ["Lowered", "lowered"]
+__all__ = ["Lowered", "lowered", "unpacker"]
 
 
-def lowered(gm: fx.GraphModule) -> fx.GraphModule:
-    """A twin that computes the same bits, without gradients; `gm` is unchanged. Parameters and buffers are shared."""
+def lowered(gm: fx.GraphModule, function: Callable[[str, fx.GraphModule], nn.Module] | None = None) -> fx.GraphModule:
+    """A twin that computes the same bits, without gradients; `gm` is unchanged. Parameters and buffers are shared.
+
+    Args:
+        function: what takes the place of each function of the graph, by its name; default: its own twin.
+    """
     root = nn.Module()
     for name, child in functions(gm).items():
-        root.add_module(name, lowered(child))
+        root.add_module(name, lowered(child) if function is None else function(name, child))
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             _share(root, str(node.target), operator.attrgetter(str(node.target))(gm))
@@ -36,7 +41,7 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         if node.target is ops.unpack:
             mine = [n for n in node.args[0].users if n.target is ops.unpack]
-            views = graph.call_function(_unpacker([n.args[1:] for n in mine]), (env[node.args[0]],))
+            views = graph.call_function(unpacker([n.args[1:] for n in mine]), (env[node.args[0]],))
             env.update({n: graph.call_function(operator.getitem, (views, i), name=n.name) for i, n in enumerate(mine)})
             continue
         env[node] = graph.node_copy(node, env.__getitem__)
@@ -51,28 +56,46 @@ class Lowered:
 
     Args:
         plain: runs the graph itself; default: `gm`.
+        make: makes the twin (`backends.Lowering`); default: `lowered`.
     """
 
-    def __init__(self, gm: fx.GraphModule, plain: Callable[..., Any] | None = None) -> None:
-        self._gm = gm
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plain: Callable[..., Any] | None = None,
+        make: Callable[[fx.GraphModule], Callable[..., Any]] = lowered,
+    ) -> None:
+        self.graph = gm
         self._plain = plain or gm
+        self._make = make
         self._made_of: tuple[Any, ...] = ()
-        self._twin: fx.GraphModule | None = None
+        self._twin: Callable[..., Any] | None = None
         self._tensors: tuple[Callable[[Any], Any], ...] = ()
 
     def __call__(self, *arguments: Any) -> Any:
         if _get_current_dispatch_mode() is not None:
             return self._plain(*arguments)
-        made_of = self._state()
-        if self._twin is None or made_of != self._made_of:
-            paths = (str(n.target) for n in self._gm.graph.nodes if n.op == "get_attr")
+        return self.twin()(*arguments)
+
+    def twin(self) -> Callable[..., Any]:
+        """What the next call runs."""
+        if self._twin is None or self._state() != self._made_of:
+            paths = (str(n.target) for n in self.graph.graph.nodes if n.op == "get_attr")
             self._tensors = tuple(operator.attrgetter(path) for path in paths)
-            self._twin, self._made_of = lowered(self._gm), self._state()
-        return self._twin(*arguments)
+            self.close()
+            self._twin, self._made_of = self._make(self.graph), self._state()
+        return self._twin
+
+    def close(self) -> None:
+        """Free what the twin has recorded, if it records; a later call makes it anew."""
+        twin, self._twin = self._twin, None
+        close = getattr(twin, "close", None)
+        if close is not None:
+            close()
 
     def _state(self) -> tuple[Any, ...]:
-        codes = (child._code for child in functions(self._gm).values())
-        return (self._gm._code, *codes, *(id(tensor(self._gm)) for tensor in self._tensors))
+        codes = (child._code for child in functions(self.graph).values())
+        return (self.graph._code, *codes, *(id(tensor(self.graph)) for tensor in self._tensors))
 
 
 def _share(root: nn.Module, path: str, value: Any) -> None:
@@ -84,7 +107,7 @@ def _share(root: nn.Module, path: str, value: Any) -> None:
     setattr(root, leaf, value)
 
 
-def _unpacker(pieces: Sequence[tuple[Any, ...]]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+def unpacker(pieces: Sequence[tuple[Any, ...]]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
     """All views into one buffer at once: one strided view each, where `squareq.unpack` makes three.
 
     Args:
@@ -109,19 +132,23 @@ def _unpacker(pieces: Sequence[tuple[Any, ...]]) -> Callable[[torch.Tensor], lis
     return unpack_all
 
 
-def _int8_linear(*arguments: Any) -> torch.Tensor:
-    from squareq_fx.kernels.dispatch import run_int8_linear
+def _kernel(name: str) -> Callable[..., Any]:
+    """A function of `kernels.dispatch`, which is imported when it is first called."""
 
-    return run_int8_linear(*arguments)
+    def run(*arguments: Any, **options: Any) -> Any:
+        from squareq_fx.kernels import dispatch
 
+        return getattr(dispatch, name)(*arguments, **options)
 
-def _int8_linear_dx(*arguments: Any) -> torch.Tensor:
-    from squareq_fx.kernels.dispatch import run_int8_linear_dx
-
-    return run_int8_linear_dx(*arguments)
+    run.__name__ = name
+    return run
 
 
 _DIRECT: dict[Any, Callable[..., Any]] = {
-    ops.int8_linear: _int8_linear,
-    ops.int8_linear_dx: _int8_linear_dx,
+    ops.int8_linear: _kernel("run_int8_linear"),
+    ops.int8_linear_dx: _kernel("run_int8_linear_dx"),
+    ops.int8_linear_parts: _kernel("run_int8_linear_parts"),
+    ops.quantize_rows: _kernel("run_quantize_rows"),
+    ops.int8_matmul: _kernel("run_int8_matmul"),
+    attention: run_attention,
 }

@@ -11,6 +11,7 @@ from torch import fx
 
 from squareq_fx.activity import output_nodes
 from squareq_fx.adapters.packing import Branch, unpack_gradients
+from squareq_fx.backends import Lowering
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.halves import Halves, halves
 from squareq_fx.ir import info, program
@@ -28,12 +29,16 @@ class Training:
         gm: the scheduled graph.
         run: runs a half on its inputs, as a step of the runtime.
         weights: values of the graph's resident weights, by key.
+        lowering: makes what runs in place of the halves.
     """
 
-    def __init__(self, gm: fx.GraphModule, run: Run, weights: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, run: Run, weights: Callable[[str], torch.Tensor], lowering: Lowering | None = None
+    ) -> None:
         self.whole = gm
         self.halves: Halves = halves(gm)
-        self._forward, self._backward = Lowered(self.halves.forward), Lowered(self.halves.backward)
+        make = lowering or Lowering()
+        self._forward, self._backward = (Lowered(half, make=make) for half in (self.halves.forward, self.halves.backward))
         self.gradients = program(gm).gradients
         self._run = run
         self._weights = weights
@@ -45,6 +50,11 @@ class Training:
         self.output_values = [n.meta["val"] for n in returned[: len(returned) - len(self.halves.saved)]]
         taken = [n.meta["val"] for n in self.halves.backward.graph.nodes if n.op == "placeholder"]
         self._cotangent_types = [val.dtype for val in taken[-len(self.halves.outputs) :]]
+
+    @property
+    def lowered(self) -> tuple[Lowered, Lowered]:
+        """What runs the halves."""
+        return self._forward, self._backward
 
     @property
     def differentiable_inputs(self) -> tuple[str, ...]:

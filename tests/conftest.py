@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Tests that mean the cache of compiled graphs give it a folder.
+os.environ["SQUAREQ_CACHE"] = "0"
+
 settings.register_profile(
     "ci",
     derandomize=True,

@@ -25,16 +25,21 @@ PACKAGES = {"squareq_fx": "squareq_fx", "squareq_fx.passes": "passes", "squareq_
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "kernels"),
-    ("ir", "specs", "ops", "blocks", "families", "calls", "slab", "show", "draw", "lora", "adapters", "checkpoint", "durable"),
     (
-        *("inference", "edit", "inlining", "liveness", "verify"),
-        *("activity", "vjp", "pullback", "halves", "loss", "lowering"),
+        *("ir", "specs", "ops", "attention_rules", "attention_op", "blocks", "families"),
+        *("calls", "slab", "compute", "show", "explain", "draw"),
+        *("lora", "adapters", "checkpoint", "durable", "progress", "source_files", "identity"),
+    ),
+    (
+        *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),
+        *("activity", "vjp", "pullback", "halves", "loss"),
+        *("lowering", "symbols", "decompositions", "inductor", "pieces", "cuda_graphs", "replay", "recording", "backends"),
         *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
-        *("runtime", "weights", "binding"),
+        *("runtime", "weights", "binding", "calibration", "timings", "tuning", "stored", "program_cache"),
     ),
     ("pipeline",),
     ("passes",),
-    ("training", "adapter_methods", "compiled", "functional", "emit", "api", "demo", "cli", ""),
+    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "api", "demo", "cli", ""),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 

@@ -91,7 +91,7 @@ import squareq_fx
 from squareq_fx import CompiledModule, PassError, RuntimeStateError, SlabError, ops
 from squareq_fx.emit import emit
 from squareq_fx.ir import functions, info, program
-from squareq_fx.kernels.dispatch import int8_linear
+from squareq_fx.kernels.dispatch import int8_linear, int8_linear_parts
 from squareq_fx.passes import Quantize
 from squareq_fx.runtime import Runtime
 from squareq_fx.skeleton import skeleton
@@ -278,11 +278,15 @@ def test_gate2_bias_iff_declared() -> None:
 
 # -------------------------------------------------------------------------------------------------- gate 3
 
-_kernel = int8_linear
+_KERNELS = {ops.int8_linear: int8_linear, ops.int8_linear_parts: int8_linear_parts}
 
 
 class _Watch(TorchDispatchMode):
-    """Follows float tensors of a quantised weight's shape that are made inside an int8 node, and what outlives it."""
+    """Follows float tensors of a quantised weight's shape that are made inside an int8 node, and what outlives it.
+
+    Attributes:
+        nodes: how many layers were computed.
+    """
 
     def __init__(self, shapes: set[tuple[int, ...]]) -> None:
         super().__init__()
@@ -291,10 +295,10 @@ class _Watch(TorchDispatchMode):
         self.outlived: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ops.int8_linear:
-            self.nodes += 1
+        if func in _KERNELS:
+            self.nodes += args[5] if func is ops.int8_linear_parts else 1
             with self:
-                result = _kernel(*args, **(kwargs or {}))
+                result = _KERNELS[func](*args, **(kwargs or {}))
             self._look()
             return result
         result = func(*args, **(kwargs or {}))
@@ -311,6 +315,7 @@ class _Watch(TorchDispatchMode):
 def _shapes(slab: squareq_fx.Slab) -> set[tuple[int, ...]]:
     sizes = [(*layer.orig_shape,) for layer in slab.layers.values()]
     sizes += [(*layer.packed_shape,) for layer in slab.layers.values()]
+    sizes += [(parts * out, width) for parts in (2, 3) for out, width in sizes]  # layers computed as one
     embedding = tuple(_toy()[0].model.get_parameter("classes.weight").shape)  # rightly float, and as large as the head
     return {s for size in sizes for s in (size, size[::-1])} - {embedding, embedding[::-1]}
 
@@ -359,7 +364,7 @@ def test_gate3_the_watch_sees_a_copy_that_is_kept(monkeypatch: pytest.MonkeyPatc
         kept.append(qweight.float() * 1)
         return int8_linear(x, qweight, *rest)
 
-    monkeypatch.setitem(globals(), "_kernel", leaks)
+    monkeypatch.setitem(_KERNELS, ops.int8_linear, leaks)
     watch = _Watch(_shapes(_toy()[0].slab))
     with watch:
         _toy()[1](**_SPEC.inputs())

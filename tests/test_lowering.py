@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from squareq_fx import ops
 from squareq_fx.ir import functions
-from squareq_fx.lowering import _unpacker, lowered
+from squareq_fx.lowering import Lowered, lowered, unpacker
 
 
 def _targets(gm: torch.fx.GraphModule) -> set[Any]:
@@ -73,6 +74,31 @@ def test_an_edit_of_the_graph_or_a_function_takes_effect() -> None:
         assert torch.equal(module(**call).sample, expected)
 
 
+class _Twin:
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        self.run, self.closed = lowered(gm), 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_twin_is_closed_when_another_takes_its_place() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    made: list[_Twin] = []
+    one = Lowered(graph, make=lambda gm: made.append(_Twin(gm)) or made[-1])  # type: ignore[func-returns-value]
+    assert one(1) == one(2) - 1 == 2 and len(made) == 1
+    (node,) = graph.graph.find_nodes(op="call_function", target=operator.add)
+    node.args = (node.args[0], 5)
+    graph.recompile()
+    assert one(1) == 6 and [twin.closed for twin in made] == [1, 0]
+    one.close()
+    one.close()
+    assert [twin.closed for twin in made] == [1, 1]
+
+
 @given(
     pieces=st.lists(
         st.tuples(st.sampled_from([torch.int8, torch.float32, torch.bfloat16]), st.lists(st.integers(0, 4), max_size=3)),
@@ -90,7 +116,7 @@ def test_all_views_at_once_are_those_of_unpack(pieces: list[tuple[torch.dtype, l
         offset += math.prod(size) * dtype.itemsize
     arena = torch.randint(0, 255, (start + offset + odd,), dtype=torch.uint8)
     weights = arena[start:]
-    for view, (at, size, dtype) in zip(_unpacker(placed)(weights), placed, strict=True):
+    for view, (at, size, dtype) in zip(unpacker(placed)(weights), placed, strict=True):
         expected = ops.unpack(weights, at, size, dtype)
         assert view.dtype == dtype and view.shape == expected.shape and view.stride() == expected.stride()
         assert torch.equal(view.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))

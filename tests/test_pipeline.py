@@ -20,7 +20,7 @@ from squareq_fx.pipeline import pass_name, run
 from squareq_fx.verify import fingerprint
 
 aten = torch.ops.aten
-NAMES = ["canonicalize", "quantize", "outline", "stream", "schedule"]
+NAMES = ["canonicalize", "quantize", "outline", "stream", "activations", "fuse", "attention", "schedule"]
 
 
 def captured() -> fx.GraphModule:
@@ -28,7 +28,7 @@ def captured() -> fx.GraphModule:
 
 
 @few
-@given(specs(), st.integers(0, 5))
+@given(specs(), st.integers(0, len(NAMES)))
 def test_the_same_stages_whether_run_at_once_or_in_two_parts(spec: Any, cut: int) -> None:
     models = staged(spec)
     passes = default_passes(models.slab)
@@ -59,7 +59,7 @@ def test_until_and_insert_after_refuse_names_that_do_not_exist() -> None:
 
 def test_insert_after_and_names() -> None:
     passes = insert_after(default_passes(staged(EXAMPLES[0]).slab), "outline", triple)
-    assert [pass_name(p) for p in passes] == ["canonicalize", "quantize", "outline", "triple", "stream", "schedule"]
+    assert [pass_name(p) for p in passes] == [*NAMES[:3], "triple", *NAMES[3:]]
 
 
 def test_the_summary_counts_operations() -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
+from backbones import backbone, calls
 from diffusers import FluxTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from slab_models import Mixed, TinyNet
 from torch import nn
 
+import squareq_fx
 from squareq_fx.blocks import block_paths
+from squareq_fx.emit import emit
 from squareq_fx.families import family_inputs
-from squareq_fx.slab import build_slab, segment_layout
+from squareq_fx.kernels.reference import packed_width
+from squareq_fx.slab import build_slab, open_slab, segment_layout
+from squareq_fx.slab.layout import is_aligned_layout
 from squareq_fx.slab.order import group_segments, record_execution
 
 NAMES = st.text("ab.", min_size=1, max_size=4)
@@ -45,6 +52,105 @@ def test_layout_by_hand() -> None:
         ("c", 1016),
         ("z", 1023),
     ]
+
+
+def test_what_one_product_could_read_lies_side_by_side() -> None:
+    layers = ["n.add_k_proj", "n.add_q_proj", "n.add_v_proj", "n.to_k", "n.to_out.0", "n.to_q", "n.to_v", "n.to_add_out", "ff"]
+    kinds = {"qweight": 1024, "scale": 64, "zero_point": 64, "bias": 64}
+    sizes = {f"b.{layer}.{kind}": nbytes for layer in layers for kind, nbytes in kinds.items()}
+    sizes |= {"b.n.norm_q.bias": 64, "b.n.norm_q.weight": 64, "b.table": 64}
+    order = [name for name, _ in segment_layout(sizes.items())]
+    beside = ["n.add_q_proj", "n.add_k_proj", "n.add_v_proj", "n.to_q", "n.to_k", "n.to_v", "n.to_add_out", "n.to_out.0"]
+    for kind in ("qweight", "scale", "zero_point"):
+        assert [name for name in order if name.endswith(kind)] == [f"b.{layer}.{kind}" for layer in ["ff", *beside]]
+    assert [n for n in order if n.endswith(".bias")] == [f"b.{n}.bias" for n in ["ff", "n.norm_q", *beside]]
+
+
+def test_layers_of_one_height_lie_side_by_side() -> None:
+    """A gated feed-forward: linear_1 and linear_3 read one input, linear_2 has as many bytes and another height."""
+    heights = {"ff.linear_1": 64, "ff.linear_2": 16, "ff.linear_3": 64}
+    sizes = {f"{layer}.qweight": 64 * 16 for layer in heights} | {f"{layer}.scale": 4 * h for layer, h in heights.items()}
+    order = [name for name, _ in segment_layout(sizes.items()) if name.endswith("qweight")]
+    assert order == ["ff.linear_2.qweight", "ff.linear_1.qweight", "ff.linear_3.qweight"]
+
+
+ATTENTIONS = {
+    "FluxTransformer2DModel": [["to_q", "to_k", "to_v"], ["add_q_proj", "add_k_proj", "add_v_proj"]],
+    "ChromaTransformer2DModel": [["to_q", "to_k", "to_v"], ["add_q_proj", "add_k_proj", "add_v_proj"]],
+    "SD3Transformer2DModel": [["to_q", "to_k", "to_v"], ["add_q_proj", "add_k_proj", "add_v_proj"]],
+    "WanTransformer3DModel": [["to_q", "to_k", "to_v"]],
+    "UNet2DConditionModel": [["to_q", "to_k", "to_v"], ["to_k", "to_v"]],
+}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize("family", ATTENTIONS)
+def test_q_k_and_v_of_real_models_lie_side_by_side(family: str) -> None:
+    with init_empty_weights(include_buffers=False):
+        model = getattr(diffusers, family)(**(SDXL if family.startswith("UNet") else {}))
+    found = 0
+    for block in block_paths(model):
+        layers = {f"{block}.{n}": m for n, m in model.get_submodule(block).named_modules() if isinstance(m, nn.Linear)}
+        sizes: dict[str, int] = {}
+        for name, layer in layers.items():
+            sizes[f"{name}.qweight"] = layer.out_features * packed_width(layer.in_features, 64)
+            kinds = ("scale", "zero_point", "bias") if layer.bias is not None else ("scale", "zero_point")
+            sizes |= {f"{name}.{kind}": 4 * layer.out_features for kind in kinds}
+        place = dict(segment_layout(sizes.items()))
+        for parent in sorted({name.rpartition(".")[0] for name in layers}):
+            for group in ATTENTIONS[family]:
+                members = [f"{parent}.{name}" for name in group]
+                shapes = {layers[m].weight.shape for m in members if m in layers}
+                if not all(m in layers for m in members) or len(shapes) > 1:
+                    continue
+                found += 1
+                for kind in ("qweight", "scale", "zero_point", "bias"):
+                    keys = [f"{m}.{kind}" for m in members if f"{m}.{kind}" in sizes]
+                    assert [place[b] for b in keys[1:]] == [place[a] + sizes[a] for a in keys[:-1]], keys
+    assert found >= len(block_paths(model))
+
+
+def test_a_slab_of_the_earlier_order_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs were laid out by alignment, then by name. Their blocks are put together tensor by tensor."""
+
+    def earlier(entries: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        placed, end = [], 0
+        for name, nbytes in sorted(entries, key=lambda e: (-min(e[1] & -e[1], 256), e[0])):
+            placed.append((name, end))
+            end += nbytes
+        return placed
+
+    model, call = backbone("flux"), calls("flux", 2)
+    new = build_slab(model, tmp_path / "new", progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("squareq_fx.slab.plan.segment_layout", earlier)
+        build_slab(model, tmp_path / "old", progress=False)
+    old = open_slab(tmp_path / "old")
+    assert list(old.tensors) != list(new.tensors) and old.tensors.keys() == new.tensors.keys()
+    old.verify()
+    gm = squareq_fx.capture(model, call)
+    graph = squareq_fx.run(gm, squareq_fx.default_passes(new))
+    expected = emit(graph, model, new)(**call).sample
+    for backing in ("host", "disk", "resident"):
+        module = emit(graph, model, old, backing=backing)
+        assert torch.equal(module(**call).sample, expected)
+        block = module.runtime.store.segment("transformer_blocks.0")
+        assert block.data_offset is None and len(block.pieces) > 1
+        module.shutdown()
+
+
+def test_a_gap_in_a_segment_is_refused(tmp_path: Path) -> None:
+    assert is_aligned_layout([(0, 512), (512, 448), (960, 28)])
+    assert not is_aligned_layout([(0, 512), (513, 448)])
+    assert not is_aligned_layout([(0, 28), (28, 512)])
 
 
 def test_blocks_of_one_structure_have_one_layout(tmp_path: Path) -> None:

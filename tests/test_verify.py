@@ -19,7 +19,7 @@ from squareq_fx.ir import Level, clone, functions, program, update_program
 from squareq_fx.verify import check, check_residency, fingerprint
 
 aten = torch.ops.aten
-STAGES = ("capture", "canonicalize", "quantize", "outline", "stream", "schedule")
+STAGES = ("capture", "canonicalize", "quantize", "outline", "stream", "activations", "fuse", "attention", "schedule")
 
 
 @few

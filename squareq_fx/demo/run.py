@@ -39,7 +39,9 @@ _MEASURED_STEPS = 5
 _ADAPTER = "digits_italic_lora"
 
 
-def run_demo(output: Path, *, open_browser: bool = False, recipe: Recipe | None = None) -> Path:
+def run_demo(
+    output: Path, *, open_browser: bool = False, recipe: Recipe | None = None, compute: str = "w8a16"
+) -> Path:
     """Draws the same digits in float and in INT8, streamed, teaches the latter a style, and writes a report.
 
     Args:
@@ -47,12 +49,14 @@ def run_demo(output: Path, *, open_browser: bool = False, recipe: Recipe | None 
             directory `digits_italic_lora` beside it.
         open_browser: show it afterwards.
         recipe: how to fine-tune; default: `Recipe()`.
+        compute: "w8a16", "w8a8" or "auto", how the streamed model computes when it draws.
 
     Returns:
         The absolute path of the report.
 
     Raises:
         OSError: the report cannot be written.
+        SquareQError: `compute` is none of these.
     """
     console = Console()
     path = (output if output.suffix == ".html" else output / "report.html").resolve()
@@ -61,7 +65,7 @@ def run_demo(output: Path, *, open_browser: bool = False, recipe: Recipe | None 
         Stages(console) as stages,
         _one_thread(),
     ):
-        report = _run(Path(scratch), path.parent / _ADAPTER, recipe or Recipe(), stages)
+        report = _run(Path(scratch), path.parent / _ADAPTER, recipe or Recipe(), stages, compute)
         write_report(report, path)
     console.print(_summary(report))
     console.print(f"adapter: {report.tuning.adapter}", soft_wrap=True, highlight=False)
@@ -81,18 +85,20 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(scratch: Path, adapter: Path, recipe: Recipe, stages: Stages) -> Report:
+def _run(scratch: Path, adapter: Path, recipe: Recipe, stages: Stages, compute: str) -> Report:
     with stages.stage("load the model"):
         model = load_digits_model()
     with stages.stage("build the slab"):
         slab = squareq_fx.build_slab(model, scratch / "digits_int8", progress=False)
     with slab:
-        return _compile_and_compare(model, slab, adapter, recipe, stages)
+        return _compile_and_compare(model, slab, adapter, recipe, stages, compute)
 
 
-def _compile_and_compare(model: torch.nn.Module, slab: Slab, adapter: Path, recipe: Recipe, stages: Stages) -> Report:
+def _compile_and_compare(
+    model: torch.nn.Module, slab: Slab, adapter: Path, recipe: Recipe, stages: Stages, compute: str
+) -> Report:
     with stages.stage("compile"):
-        gm, capture_seconds = _compile(model, slab)
+        gm, capture_seconds = _compile(model, slab, compute)
     with stages.stage("draw digits in float", STEPS) as on_step:
         float_samples = sample_digits(model, columns=_COLUMNS, seed=_SEED, on_step=on_step)
     with stages.stage("draw digits in INT8, streamed", STEPS) as on_step:
@@ -133,10 +139,12 @@ def _compile_and_compare(model: torch.nn.Module, slab: Slab, adapter: Path, reci
     )
 
 
-def _compile(model: torch.nn.Module, slab: Slab) -> tuple[CompiledModule, float]:
+def _compile(model: torch.nn.Module, slab: Slab, compute: str) -> tuple[CompiledModule, float]:
     """The streamed module, and the seconds until its first stage, the captured graph, was there."""
     began, seen = time.perf_counter(), []
-    gm = squareq_fx.compile(model, slab, progress=False, observe=lambda _: seen.append(time.perf_counter() - began))
+    gm = squareq_fx.compile(
+        model, slab, compute=compute, progress=False, observe=lambda _: seen.append(time.perf_counter() - began)
+    )
     return gm, seen[0]
 
 

@@ -1,0 +1,95 @@
+"""How the functions of a graph are made to run: `backend="eager"`, `"inductor"` or `"cudagraph"`.
+
+Each unique function is lowered once, whichever of a module's graphs calls it; loads, evictions and prefetches stay outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx, nn
+
+from squareq_fx.cuda_graphs import CudaRecorder, check_device
+from squareq_fx.errors import SquareQError
+from squareq_fx.inductor import Compilation, compile_function
+from squareq_fx.ir import functions
+from squareq_fx.lowering import Lowered, lowered
+from squareq_fx.recording import recorded
+from squareq_fx.specs import spec
+
+__all__ = ["Backend", "Lowering", "check_backend"]
+
+Backend = Literal["eager", "inductor", "cudagraph"]
+
+
+def check_backend(backend: str, device: torch.device | str | None = None) -> None:
+    """To be asked before a long compilation.
+
+    Raises:
+        SquareQError: there is no such backend, or it does not run on the device.
+    """
+    if backend not in get_args(Backend):
+        raise SquareQError(f"backend={backend!r} is none of {', '.join(get_args(Backend))}")
+    if backend == "cudagraph" and device is not None:
+        check_device(device)
+
+
+class Lowering:
+    """Makes what runs in place of the graphs of one module; a function that several of them call is compiled once.
+
+    Args:
+        backend: "eager" runs the graph's operations one by one; "inductor" compiles each function; "cudagraph" compiles each
+            function, and then records what the whole graph launches.
+        device: where the graphs run.
+
+    Raises:
+        SquareQError: there is no such backend, or it does not run on the device.
+    """
+
+    def __init__(self, backend: Backend = "eager", device: torch.device | None = None) -> None:
+        check_backend(backend, device)
+        self.backend = backend
+        self._recorder = CudaRecorder(device) if backend == "cudagraph" and device is not None else None
+        self._functions: dict[tuple[Any, ...], nn.Module] = {}
+        self._compilations: list[Compilation] = []
+
+    @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        """Every run of the compiler so far: one for each function, unless one had to be compiled for other sizes again."""
+        return tuple(self._compilations)
+
+    def __call__(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """The twin of a graph (`lowered`), with this backend."""
+        if self.backend == "eager":
+            return lowered(gm)
+        twin = lowered(gm, self._function)
+        return recorded(twin, recorder=self._recorder) if self.backend == "cudagraph" else twin
+
+    def prepare(self, graphs: Iterable[Lowered], show: Callable[[str], None]) -> None:
+        """Lower now what the first calls of `graphs` would.
+
+        Args:
+            show: called with the progress, as text, before each function.
+        """
+        graphs = list(graphs)
+        if self.backend == "eager":
+            return
+        unique = {_key(f): (name, f) for one in graphs for name, f in functions(one.graph).items()}
+        for done, (name, function) in enumerate(unique.values()):
+            show(f"inductor: {done} of {len(unique)} functions, now {name}")
+            self._function(name, function)
+        for one in graphs:
+            one.twin()
+
+    def _function(self, name: str, function: fx.GraphModule) -> nn.Module:
+        key = _key(function)
+        if key not in self._functions:
+            self._functions[key] = compile_function(name, function, self._compilations.append)
+        return self._functions[key]
+
+
+def _key(function: fx.GraphModule) -> tuple[Any, ...]:
+    """Equal for functions that compute the same on the same types."""
+    return function._code, tuple(spec(n.meta["val"]) for n in function.graph.nodes if n.op == "placeholder")
