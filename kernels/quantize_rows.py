@@ -25,9 +25,15 @@ def _to_int8(x, inverse):
 
 
 @triton.jit
-def _scale(top, has_nan, SMALLEST: tl.constexpr):
-    scale = tl.where(top < SMALLEST, 1.0, tl.math.div_rn(top, 127.0))
-    return tl.where(has_nan > 0, float("nan"), scale)  # the maximum drops NaN
+def _magnitude(x):
+    # As integers, magnitudes compare as they do as floats, and NaN is the largest: a maximum of floats would drop it.
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _step(magnitude, SMALLEST: tl.constexpr):
+    top = magnitude.to(tl.float32, bitcast=True)
+    return tl.where(top < SMALLEST, 1.0, tl.math.div_rn(top, 127.0))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,34 +44,32 @@ def _quantize_rows(
     cols = tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (cols < K)[None, :]
     wide = rows.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + wide * stride_xm + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    top = tl.max(tl.abs(x), axis=1)
-    scale = _scale(top, tl.max((x != x).to(tl.int32), axis=1), SMALLEST)
-    q = _to_int8(x, tl.math.div_rn(1.0, scale)[:, None])
+    x = tl.load(x_ptr + wide * stride_xm + cols[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    step = _step(tl.max(_magnitude(x), axis=1), SMALLEST)
+    q = _to_int8(x, tl.math.div_rn(1.0, step)[:, None])
     tl.store(q_ptr + wide * K + cols[None, :], q, mask=inside)
-    tl.store(s_ptr + 2 * rows, scale, mask=rows < M)
-    tl.store(s_ptr + 2 * rows + 1, tl.sum(q.to(tl.int32), axis=1).to(tl.float32), mask=rows < M)
+    total = tl.sum(q.to(tl.int32), axis=1)
+    tl.store(s_ptr + 2 * rows, step, mask=rows < M)
+    tl.store(s_ptr + 2 * rows + 1, total.to(tl.float32), mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _quantize_wide_rows(x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
-    top = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    bad = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    top = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(x))
-        bad = tl.maximum(bad, (x != x).to(tl.int32))
-    scale = _scale(tl.max(top, axis=0), tl.max(bad, axis=0), SMALLEST)
-    inverse = tl.math.div_rn(1.0, scale)
+        top = tl.maximum(top, _magnitude(x))
+    step = _step(tl.max(top, axis=0), SMALLEST)
+    inverse = tl.math.div_rn(1.0, step)
     total = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
         q = _to_int8(x, inverse)
         total += q.to(tl.int32)
         tl.store(q_ptr + row * K + k + cols, q, mask=cols < K - k)
-    tl.store(s_ptr + 2 * row, scale)
+    tl.store(s_ptr + 2 * row, step)
     tl.store(s_ptr + 2 * row + 1, tl.sum(total, axis=0).to(tl.float32))
 
 
@@ -76,7 +80,7 @@ def tile_for(columns: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of one program for rows of that many columns: the best of four to eight each on an H200."""
     width = max(16, triton.next_power_of_2(columns))
     height = max(1, 1024 // width)
-    return height, width, 2 if width <= 1024 else 4 if width <= 8192 else 8
+    return height, width, 2 if width <= 4096 else 4 if width <= 8192 else 8
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,8 +70,8 @@ _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
 _MATMUL_LARGE = (
     MatmulTile(128, 128, 128, 4, 3, 2, 0),
     MatmulTile(128, 128, 128, 4, 3, 2, 1),
-    MatmulTile(64, 128, 128, 4, 3, 0, 0),
-    MatmulTile(128, 64, 128, 4, 3, 0, 0),
+    MatmulTile(64, 128, 128, 4, 3, 3, 0),
+    MatmulTile(128, 64, 128, 4, 3, 3, 0),
     MatmulTile(128, 128, 64, 4, 4, 2, 0),
 )
 _MATMUL_SMALL = (
@@ -128,9 +128,9 @@ def _guess(
         enough = [t for t in tiles if -(-rows // t.m) * -(-width // t.n) * t.split >= 2 * processors]
         return enough[0] if enough else max(tiles, key=lambda t: t.split)  # type: ignore[union-attr,arg-type,return-value]
     full = -(-rows // 128) * -(-width // 128)
-    if rows > 64 and full < 1.5 * processors:  # half tiles leave fewer multiprocessors idle
+    if rows > 64 and full < 0.5 * processors:  # half tiles leave fewer multiprocessors idle
         return next((t for t in tiles if t.m == 64), tiles[0])
-    if depth >= 8192:
+    if depth >= 8192 and full > 2 * processors:
         return next((t for t in tiles if isinstance(t, MatmulTile) and t.split), tiles[0])
     return tiles[0]
 
