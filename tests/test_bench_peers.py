@@ -99,7 +99,11 @@ def test_one_measures_at_a_time_and_failures_stay_alone(tmp_path: Path, monkeypa
     peers_schedule.run_jobs(jobs, rows.append, 90, 3)
     spans = sorted(row["span"] for row in rows if "span" in row)
     assert len(spans) == 4 and all(earlier[1] <= later[0] for earlier, later in pairwise(spans))
-    told = {row["arm"]: row.get("error", f"not installed: {row.get('missing')}") for row in rows if row.keys() & {"error", "missing"}}
+    told = {
+        row["arm"]: row.get("error", f"not installed: {row.get('missing')}")
+        for row in rows
+        if row.keys() & {"error", "missing"}
+    }
     assert told == {
         "crashes": "the process ended with 7",
         "raises": "ValueError: no such weight",
