@@ -1,129 +1,71 @@
-"""int8 layers on one CUDA card: are they right, and how do the two W8A16 paths compare with cuBLAS in bf16.
+"""int8 layers on one CUDA card: are they right, and how do they compare with cuBLAS in bf16 and with the card's memory.
 
     python benchmarks/kernels.py --out benchmarks/results/kernels.md
 
-Times are device times: medians over replays of CUDA graphs, the arms taking turns, every call on the next of
-several sets of buffers so that no input is left in L2 by the call before. It takes some minutes, most of them
-compiling and tuning, and exits with 1 if a result is inaccurate or changes between runs.
+Everything is compiled first, in several processes, and the tiles are chosen; then every layer is checked (against float64, five
+runs) and the times are taken: device times, medians over replays of CUDA graphs, the arms taking turns, every call on the next
+of several sets of buffers so that no input is left in L2 by the call before. It takes about a minute and a half. It exits with
+1 if a result is inaccurate or changes between runs; a target that is missed shows in the table.
+
+--tiny runs all of it on toys on the CPU, whose times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
+import kernels_layers as layers
 import torch
 import torch.nn.functional as F
-import triton
+from kernels_layers import Layer, Verdict, arguments, check, check_odd_shapes, float_weights
+from kernels_timing import copy_rate, medians, rotating, set_count, wall
 
-from squareq_fx.kernels import dequantize_rows, dispatch, int8_linear, reference
+from squareq_fx.kernels import dispatch, reference, tiles
+from squareq_fx.timings import machine
 
-Call = Callable[[], object]
-Inputs = tuple[torch.Tensor, ...]
-
-DESIGN_SHAPES = (  # M, N, K: Flux and SDXL at 1024x1024
-    (4608, 3072, 3072),
-    (4608, 12288, 3072),
-    (4608, 3072, 15360),
-    (2048, 10240, 1280),
-    (2048, 1280, 1280),
-    (1, 18432, 3072),
-)
-CROSSOVER = tuple((m, 3072, 3072) for m in (1, 16, 32, 64, 128, 256, 512, 1024, 2048))
-CROSSOVER_FP32 = tuple((m, 3072, 3072) for m in (1, 16, 64))
-ODD_SHAPES = ((1, 1, 1), (3, 7, 5), (17, 33, 100), (64, 257, 200), (130, 511, 1000), (256, 96, 4097))
-DEQUANTIZE_TILES = (
-    (4, 256, 4),
-    (8, 256, 8),
-    (2, 512, 4),
-    (4, 512, 8),
-    (2, 256, 4),
-    (8, 256, 4),
-    (16, 256, 8),
-)
+DEQUANTISE_TILES = ((8, 256, 4), (2, 256, 4), (4, 512, 8), (16, 256, 8))
+DEQUANTISE_TARGET = 0.70
 
 
-def layer(m: int, n: int, k: int, dtype: torch.dtype, zero_points: bool = False) -> Inputs:
-    """x [m, k], qweight, scale, zero_point, bias on the card, random."""
-    weight = torch.randn(n, k, device="cuda") * 0.05
-    qweight, scale, zero_point = reference.quantize_weight(weight)
-    if zero_points:
-        zero_point = torch.randint(-20, 21, (n,), device="cuda").float()
-    return (
-        torch.randn(m, k, device="cuda").to(dtype),
-        qweight,
-        scale,
-        zero_point,
-        torch.randn(n, device="cuda"),
-    )
+class Target(NamedTuple):
+    """One line of the first table."""
+
+    what: str
+    shape: str
+    value: float
+    target: float
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.target
 
 
-def relative_errors(inputs: Inputs, y: torch.Tensor) -> tuple[float, float]:
-    """Relative L2 errors of y and of torch's linear with the weight in x's dtype, against float64."""
-    x, qweight, scale, zero_point, bias = inputs
-    steps = qweight[:, : x.shape[1]].double() - zero_point.double()[:, None]
-    exact = x.double() @ (steps * scale.double()[:, None]).t() + bias.double()
-    weight = reference.dequantize(qweight, scale, zero_point, x.shape[1], x.dtype)
-    theirs = F.linear(x, weight, bias.to(x.dtype))
-    ours, torchs = (float((got.double() - exact).norm() / exact.norm()) for got in (y, theirs))
-    return ours, torchs
+class Sizes(NamedTuple):
+    """The shapes of a run."""
 
+    many_rows: Sequence[Layer]
+    few_rows: Sequence[Layer]
+    other_rows: Sequence[Layer]
+    w8a8: Sequence[Layer]
+    dequantised: Sequence[tuple[int, int]]
+    odd: Sequence[tuple[int, int, int]]
 
-def medians(arms: Mapping[str, Sequence[Call]], replays: int = 15) -> dict[str, float]:
-    """Milliseconds of one call of each arm; an arm is a sequence of equivalent calls on different buffers."""
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-    for name, calls in arms.items():
-        seconds = min(_wall(calls) for _ in range(3))  # the first warms up: compiles and tunes
-        rounds = max(1, int(0.008 / seconds))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in itertools.chain.from_iterable([calls] * rounds):
-                call()
-        graphs[name] = graph, rounds * len(calls)
-    samples: dict[str, list[float]] = {name: [] for name in arms}
-    for replay in range(replays + 2):
-        for name, (graph, count) in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:
-                samples[name].append(start.elapsed_time(end) / count)
-    return {name: statistics.median(times) for name, times in samples.items()}
+    @classmethod
+    def of(cls, tiny: bool) -> Sizes:
+        names = ("MANY_ROWS", "FEW_ROWS", "OTHER_ROWS", "W8A8", "DEQUANTISED", "ODD_SHAPES")
+        return cls(*(layers.TINY[name] if tiny else getattr(layers, name) for name in names))  # type: ignore[arg-type]
 
-
-def _wall(calls: Sequence[Call]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def rotating(function: Callable[..., torch.Tensor], sets: Sequence[tuple]) -> list[Call]:
-    """One call for each set of arguments; each keeps its own result alive, so that results rotate as well."""
-    kept: list[object] = [None] * len(sets)
-
-    def call(i: int) -> Call:
-        def run() -> None:
-            kept[i] = function(*sets[i])
-
-        return run
-
-    return [call(i) for i in range(len(sets))]
-
-
-def set_count(bytes_of_a_set: int) -> int:
-    """Enough sets that one round passes four times the L2 cache, between 2 and 16."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(16, max(2, -(-4 * l2 // bytes_of_a_set)))
+    def fused(self) -> list[Layer]:
+        """The layers of the kernel that has tiles to choose from."""
+        every = (*self.many_rows, *self.few_rows, *self.other_rows)
+        return [x for x in every if dispatch.GEMV_MAX_ROWS < x.m <= dispatch.FUSED_MAX_ROWS[x.dtype]]
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -131,143 +73,208 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""])
 
 
-def correctness() -> tuple[str, bool]:
-    rows, good = [], True
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        worst: dict[str, tuple[float, str]] = {}
-        for index, (m, n, k) in enumerate(ODD_SHAPES):
-            tiles = int8_linear.tiles_for(int8_linear.row_bucket(m), dtype)
-            for zero_points in (False, True):
-                inputs = layer(m, n, k, dtype, zero_points)
-                results = {
-                    "fused": int8_linear.int8_linear(*inputs, tile=tiles[index % len(tiles)]),
-                    "dequantise + cuBLAS": dispatch.dequantized_linear(*inputs),
-                }
-                for arm, y in results.items():
-                    ours, theirs = relative_errors(inputs, y)
-                    share = ours / (2 * theirs + 1e-6)
-                    text = f"{ours:.2e} | {theirs:.2e} | {m}x{n}x{k}{', zero points' if zero_points else ''}"
-                    worst[arm] = max(worst.get(arm, (-1.0, "")), (share, text))
-        for arm, (share, text) in worst.items():
-            good &= share < 1
-            rows.append((dtype, arm, f"{share:.2f}", text))
-    header = ("dtype", "path", "share of the bound", "error", "torch's error", "at (MxNxK)")
-    return table("Worst errors at odd shapes, bound 2 x torch's + 1e-6", header, rows), good
+def correctness(sizes: Sizes, device: torch.device) -> tuple[str, list[Verdict]]:
+    found = check_odd_shapes(device, sizes.odd)
+    for compute, group in (
+        ("w8a16", (*sizes.many_rows, *sizes.few_rows, *sizes.other_rows)),
+        ("w8a8", sizes.w8a8),
+    ):
+        for layer in group:
+            found.append(check(layer, arguments(layer, device), compute))
+            if layer is group[0]:
+                found.append(check(layer, arguments(layer, device, zero_points=True), compute))
+    worst = sorted(found, key=lambda verdict: (verdict.good, -verdict.share))
+    rows = [
+        (v.what, f"{v.error:.2e}", f"{v.torch_error:.2e}", f"{v.share:.2f}", "same" if v.stable else "DIFFER")
+        for v in worst[: max(6, sum(not v.good for v in worst))]
+    ]
+    header = ("layer", "error", "torch's error", "share of 2 x torch's + 1e-6", "five runs")
+    good = sum(v.good for v in found)
+    return table(f"Correct: {good} of {len(found)}; the worst", header, rows), found
 
 
-def layers(title: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> tuple[str, bool]:
-    rows, good = [], True
-    paths = {"fused": int8_linear.int8_linear, "dequantised": dispatch.dequantized_linear}
-    for m, n, k in shapes:
-        sets = [layer(m, n, k, dtype) for _ in range(set_count(n * k + dtype.itemsize * m * (n + k)))]
-        plain = [(x, reference.dequantize(*rest, k, dtype), bias.to(dtype)) for x, *rest, bias in sets]
-        stable, near = True, True
-        for path in paths.values():
-            first = path(*sets[0])
-            stable &= all(torch.equal(path(*sets[0]), first) for _ in range(4))
-            ours, theirs = relative_errors(sets[0], first)
-            near &= ours < 2 * theirs + 1e-6
-        good &= stable and near
-        ms = medians({"cuBLAS": rotating(F.linear, plain)} | {p: rotating(f, sets) for p, f in paths.items()})
-        chosen = "fused" if m <= dispatch.FUSED_MAX_ROWS[dtype] else "dequantised"
-        quicker = min(paths, key=lambda path: ms[path])
-        rows.append(
-            [
-                f"{m}x{n}x{k}",
-                *(f"{ms[path]:.4f}" for path in ms),
-                *(f"{ms['cuBLAS'] / ms[path]:.2f}" for path in paths),
-                chosen if chosen == quicker else f"{chosen} (slower)",
-                tuned_tile(sets[0]),
-                ("same" if stable else "DIFFER") + ("" if near else ", INACCURATE"),
-            ]
-        )
-    header = ["MxNxK", "cuBLAS ms", "fused ms", "dequantise + cuBLAS ms", "fused ratio", "dequantise ratio"]
-    header += ["dispatched", "fused tile MxNxK, warps, stages", "five runs"]
-    return table(f"{title}, {dtype}, time of cuBLAS / time", header, rows), good
-
-
-def tuned_tile(inputs: Inputs) -> str:
-    int8_linear.int8_linear(*inputs)
-    best = int8_linear._tuned.best_config
-    blocks = "x".join(str(best.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
-    return f"{blocks}, {best.num_warps}, {best.num_stages}"
-
-
-def dequantisation() -> str:
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / medians({"copy": [lambda: target.copy_(source)]})["copy"] / 1e9
-    rows = []
-    for n, k in ((3072, 3072), (12288, 3072), (3072, 15360), (10240, 1280)):
+def dequantisation(sizes: Sizes, device: torch.device, tiny: bool) -> tuple[str, list[Target]]:
+    copy = copy_rate(tiny)
+    rows, targets = [], []
+    for n, k in sizes.dequantised:
         traffic = n * k * 3 + 8 * n
-        sets = [(*layer(1, n, k, torch.bfloat16)[1:4], k, torch.bfloat16) for _ in range(set_count(traffic))]
-        ms = medians(
-            {
-                str(tile): rotating(dequantize_rows.dequantize_rows, [(*s, tile) for s in sets])
-                for tile in DEQUANTIZE_TILES
+        sets = [(*arguments(Layer(1, n, k), device)[1:4], k, torch.bfloat16) for _ in range(set_count(traffic))]
+        arms = {"": rotating(reference.dequantize, sets)}
+        if not tiny:
+            from squareq_fx.kernels import dequantize_rows
+
+            own = dequantize_rows.TILES[torch.bfloat16]
+            choices = dict.fromkeys((own, *DEQUANTISE_TILES))
+            arms = {
+                "" if tile == own else str(tile): rotating(dequantize_rows.dequantize_rows, [(*s, tile) for s in sets])
+                for tile in choices
             }
-        )
-        own, best = str(dequantize_rows.TILES[torch.bfloat16]), min(ms, key=lambda tile: ms[tile])
-        rate = {tile: traffic / ms[tile] / 1e9 for tile in (own, best)}
+        ms = medians(arms)
+        best = min(ms, key=lambda tile: ms[tile])
+        rate = traffic / ms[""] * 1e3
+        shares = f"{rate / 1e12:.2f}", f"{rate / copy:.0%}"
+        rows.append((f"{n}x{k}", f"{ms['']:.4f}", *shares, best or "its own", f"{ms[best]:.4f}"))
+        targets.append(Target("dequantise, of a copy's bytes/s", f"{n}x{k}", rate / copy, DEQUANTISE_TARGET))
+    header = ("NxK", "ms", "TB/s", "of the copy", "fastest tile", "its ms")
+    return table(f"Rows to bf16; torch copies {copy / 1e12:.2f} TB/s, read and written", header, rows), targets
+
+
+def w8a16(title: str, group: Sequence[Layer], device: torch.device, detail: bool) -> tuple[str, list[Target]]:
+    rows, targets = [], []
+    by_products = group[0].m > 1000
+    for layer in group:
+        sets = [arguments(layer, device) for _ in range(set_count(layer.nbytes))]
+        arms = {
+            "torch": rotating(F.linear, [float_weights(s) for s in sets]),
+            "ours": rotating(dispatch.run_int8_linear, sets),
+        }
+        if detail and device.type == "cuda":
+            from squareq_fx.kernels import int8_linear
+
+            arms["fused"] = rotating(int8_linear.int8_linear, sets)
+            arms["dequantised"] = rotating(dispatch.dequantized_linear, sets)
+        ms = medians(arms)
+        ratio = ms["torch"] / ms["ours"]
+        if layer.target is not None:
+            targets.append(Target(title, str(layer), ratio, layer.target))
+        others = [f"{ms['torch'] / ms[arm]:.2f}" if arm in ms else "" for arm in ("fused", "dequantised")] if detail else []
+        done = 2 * layer.m * layer.n * layer.k if by_products else layer.nbytes
+        rate = f"{done / ms['ours'] / 1e9:.{0 if by_products else 2}f}"
+        rows.append((layer, f"{ms['torch']:.4f}", f"{ms['ours']:.4f}", f"{ratio:.2f}", *others, rate))
+    more = ("fused", "dequantise + cuBLAS") if detail else ()
+    header = ("MxNxK", "cuBLAS ms", "ours ms", "ratio", *more, "TFLOP/s" if by_products else "TB/s")
+    return table(title, header, rows), targets
+
+
+def w8a8(group: Sequence[Layer], device: torch.device) -> tuple[str, list[Target]]:
+    rows, targets = [], []
+
+    def both(layer: Layer) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            return dispatch.run_int8_matmul(*dispatch.run_quantize_rows(x), *rest, x.dtype, parts=layer.parts)
+
+        return run
+
+    for layer in group:
+        sets = [arguments(layer, device) for _ in range(set_count(layer.nbytes))]
+        floats = [float_weights(s) for s in sets]
+        quantised = [(*dispatch.quantize_rows(x), *rest, x.dtype, "none", None, layer.parts) for x, *rest in sets]
+        arms = {
+            "torch": rotating(F.linear, floats),
+            "ours": rotating(both(layer), sets),
+            "product": rotating(dispatch.run_int8_matmul, quantised),
+            "quantise": rotating(dispatch.run_quantize_rows, [s[:1] for s in sets]),
+        }
+        if layer.parts > 1:
+            cut = [(x, w.chunk(layer.parts), b.chunk(layer.parts)) for x, w, b in floats]
+            arms["apart"] = rotating(lambda x, ws, bs: [F.linear(x, w, b) for w, b in zip(ws, bs, strict=True)], cut)
+        ms = medians(arms)
+        ratio = ms["torch"] / ms["ours"]
+        if layer.target is not None:
+            targets.append(Target("W8A8 with quantisation, to cuBLAS", str(layer), ratio, layer.target))
+        operations = 2 * layer.m * layer.n * layer.k
+        read = layer.m * (layer.k * (layer.dtype.itemsize + 1) + 8)
         rows.append(
-            [
-                f"{n}x{k}",
-                f"{ms[own]:.4f}",
-                f"{rate[own]:.2f}",
-                f"{rate[own] / copy:.0%}",
-                best,
-                f"{rate[best]:.2f}",
-            ]
+            (
+                layer,
+                f"{ms['torch']:.4f}" + (f" ({ms['apart']:.4f} apart)" if "apart" in ms else ""),
+                f"{ms['ours']:.4f}",
+                f"{ratio:.2f}",
+                f"{ms['product']:.4f}",
+                f"{operations / ms['product'] / 1e9:.0f}",
+                f"{ms['torch'] / ms['product']:.2f}",
+                f"{ms['quantise']:.4f}",
+                f"{read / ms['quantise'] / 1e9:.2f}",
+            )
         )
-    header = ("NxK", "ms", "TB/s", "of the copy", "best tile", "its TB/s")
-    return table(f"Row dequantisation to bf16; a 1 GiB device copy moves {copy:.2f} TB/s", header, rows)
+    header = ["MxNxK", "cuBLAS ms", "ours ms", "ratio", "product ms", "TOP/s", "ratio", "quantise ms", "TB/s"]
+    return table("W8A8: quantise rows, then the int8 product, with bias", header, rows), targets
 
 
-def host_overhead() -> str:
-    small = [layer(m, 256, 256, torch.bfloat16) for m in (1, 1024)]
+def tuning(sizes: Sizes, device: torch.device) -> list[str]:
+    """Compile, choose tiles, and say which."""
+    from kernels_tiles import compile_all, jobs_for, tune
+
+    start = time.perf_counter()
+    w8a16_layers = (*sizes.many_rows, *sizes.few_rows, *sizes.other_rows)
+    odd = [Layer(*shape, dtype=dtype) for shape in sizes.odd for dtype in (torch.bfloat16, torch.float32)]
+    jobs = jobs_for(w8a16_layers, sizes.w8a8, DEQUANTISE_TILES, odd)
+    failed = compile_all(jobs, max(1, (os.cpu_count() or 2) - 1))
+    compiled = time.perf_counter()
+    found = [*tune("int8_linear", sizes.fused(), failed), *tune("int8_matmul", sizes.w8a8, failed)]
+    rows = []
+    for kernel, layer, ms in found:
+        (best, fastest), *others = ms.items()
+        bucket = tiles.row_bucket(layer.m)
+        guess = tiles._guess(kernel, bucket, layer.n, layer.k, layer.dtype, device)
+        plain = f"{ms[guess] / fastest:.2f}" if guess in ms else "-"
+        rest = ", ".join(f"{'x'.join(map(str, tile))} {slower / fastest:.2f}" for tile, slower in others)
+        rows.append((kernel, f"{bucket}x{layer.n}x{layer.k}", "x".join(map(str, best)), f"{fastest:.4f}", plain, rest))
+    measured = time.perf_counter()
+    title = f"Tiles; {len(jobs)} programs compiled in {compiled - start:.0f} s, measured in {measured - compiled:.0f} s"
+    header = ("kernel", "MxNxK", "fastest (kernels/tiles.py)", "ms", "the rule of thumb's time to it", "the others' to it")
+    lines = [f"{job.kernel} {job.layer} {job.tile} did not run: {error.splitlines()[0]}\n" for job, error in failed.items()]
+    return [table(title, header, rows), *lines]
+
+
+def host_overhead(device: torch.device) -> str:
     lines = []
-    for inputs, path in zip(small, ("fused", "dequantise + cuBLAS"), strict=True):
-        dispatch.int8_linear(*inputs)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(300):
-            dispatch.int8_linear(*inputs)
-        lines.append(f"{path} {(time.perf_counter() - start) / 300 * 1e6:.0f} us")
-        torch.cuda.synchronize()
-    return f"Host time of one call, launches included: {', '.join(lines)}.\n"
+    for m, compute in ((1, "w8a16"), (16, "w8a16"), (1024, "w8a16"), (1024, "w8a8"))[: 4 if device.type == "cuda" else 2]:
+        inputs = arguments(Layer(m, 256, 256), device)
+        calls = [lambda inputs=inputs, compute=compute: dispatch.run_int8_linear(*inputs, compute)]
+        wall(calls)
+        lines.append(f"{m} rows {compute} {min(wall(calls * 50) for _ in range(3)) / 50 * 1e6:.0f} us")
+    return f"A call of a 256x256 layer, launches and the kernel included: {', '.join(lines)}.\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments_: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the report to this file")
-    out = parser.parse_args().out
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device")
+    parser.add_argument("--tiny", action="store_true", help="toys on the CPU, to try the script itself")
+    options = parser.parse_args(arguments_)
+    if options.tiny:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device; --tiny runs toys on the CPU")
     torch.manual_seed(0)
     start = time.perf_counter()
-    properties = torch.cuda.get_device_properties(0)
-    where = f"{properties.name}, {properties.total_memory >> 30} GiB, {properties.multi_processor_count} SMs"
-    what = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
-    parts, verdicts = [f"# int8 layers\n\n{where}; {what}; {date.today()}.\n"], []
-    for text, good in (
-        correctness(),
-        layers("Layers of Flux and SDXL", DESIGN_SHAPES, torch.bfloat16),
-        layers("Crossover", CROSSOVER, torch.bfloat16),
-        layers("Crossover", CROSSOVER_FP32, torch.float32),
+    device = torch.device("cpu") if options.tiny else torch.device("cuda", torch.cuda.current_device())
+    sizes = Sizes.of(options.tiny)
+    where = machine(device)
+    if not options.tiny:
+        card = torch.cuda.get_device_properties(device)
+        where += f"; {card.total_memory >> 30} GiB, {card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+    tuned = [] if options.tiny else tuning(sizes, device)  # the CPU's kernels have no tiles
+    correct, verdicts = correctness(sizes, device)
+    dequantised, targets = dequantisation(sizes, device, options.tiny)
+    parts = [dequantised]
+    for title, group, detail in (
+        ("W8A16 of many rows, to cuBLAS", sizes.many_rows, False),
+        ("W8A16 of few rows, to cuBLAS", sizes.few_rows, False),
+        ("W8A16 of other numbers of rows, for information", sizes.other_rows, True),
     ):
+        text, found = w8a16(title, group, device, detail)
         parts.append(text)
-        verdicts.append(good)
-    parts += [dequantisation(), host_overhead()]
-    verdict = "All accurate and repeatable." if all(verdicts) else "SOME RESULTS ARE WRONG, see above."
-    parts.append(f"{verdict} The whole run took {time.perf_counter() - start:.0f} s.\n")
-    report = "\n".join(parts)
+        targets += found
+    text, found = w8a8(sizes.w8a8, device)
+    parts.append(text)
+    targets += found
+    rows = [(t.what, t.shape, f"{t.value:.2f}", f"{t.target:.2f}", "met" if t.met else "MISSED") for t in targets]
+    goals = table(
+        f"Targets: {sum(t.met for t in targets)} of {len(targets)} met", ("what", "MxNxK", "measured", "wanted", ""), rows
+    )
+    wrong = [v for v in verdicts if not v.good]
+    names = ", ".join(v.what for v in wrong)
+    verdict = f"{len(wrong)} RESULTS ARE WRONG: {names}." if wrong else "All accurate and repeatable."
+    command = " ".join(["python", "benchmarks/kernels.py", *(sys.argv[1:] if arguments_ is None else arguments_)])
+    head = f"# int8 layers\n\n{where}; {date.today()}. `{command}`. Ratios are cuBLAS's time over ours, medians of one run.\n"
+    tail = f"{host_overhead(device)}\n{verdict} The whole run took {time.perf_counter() - start:.0f} s.\n"
+    report = "\n".join([head, goals, correct, *parts, *tuned, tail])
     print(report)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report)
-    return 0 if all(verdicts) else 1
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

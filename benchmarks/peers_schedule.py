@@ -96,8 +96,12 @@ class Line:
         except ModuleNotFoundError as error:
             self.say(**row, missing=str(error.name))
         except Exception as error:
-            trace = "".join(traceback.format_exception(error, limit=-6))
-            self.say(**row, error=_short(error), trace=trace[-4000:])
+            self.fail(error, **row)
+
+    def fail(self, error: Exception, **row: Any) -> None:
+        """The row with what went wrong in it; the arms after this one go on."""
+        trace = "".join(traceback.format_exception(error, limit=-6))
+        self.say(**row, error=_short(error), trace=trace[-4000:])
 
 
 def _short(error: Exception) -> str:

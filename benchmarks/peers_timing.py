@@ -61,7 +61,7 @@ def paired(baseline: Sequence[Call], arm: Sequence[Call], seconds: float = 0.12)
     if torch.cuda.is_available():
         try:
             runs, how = [_graph(calls) for calls in (baseline, arm)], "graph"
-        except Exception:  # whatever a package does that cannot be captured
+        except RuntimeError:  # what a package does cannot be captured
             torch.cuda.synchronize()
             runs, how = [_loop(calls) for calls in (baseline, arm)], "loop"
         timer = _events

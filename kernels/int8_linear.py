@@ -147,6 +147,7 @@ def int8_linear(
     y = torch.empty((*x.shape[:-1], out_features), dtype=stored_dtype(x.dtype, INTERPRETED), device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype)
+    place = launch_device(x, INTERPRETED)
     x2 = x.reshape(rows, in_features)
     if x2.stride(1) != 1:
         x2 = x2.contiguous()
@@ -162,7 +163,7 @@ def int8_linear(
         split = split if count is not None else 1
     if split > 1:
         partial = torch.empty(tiles * split * tile.m * tile.n, dtype=torch.float32, device=x.device)
-    with launch_device(x, INTERPRETED):
+    with place:
         _int8_linear[(tiles * split,)](
             x2,
             qweight,

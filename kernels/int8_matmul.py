@@ -266,6 +266,7 @@ def launch(
     y = torch.empty(shape if parts == 1 else (parts, *shape), dtype=stored_dtype(dtype, INTERPRETED), device=xq.device)
     if y.numel() == 0:
         return y.to(dtype)
+    place = launch_device(xq, INTERPRETED)
     x2 = _rows(xq, rows, in_features)
     extra = None if addend is None else _rows(addend, rows, width)
     if qweight.stride(1) != 1:
@@ -289,7 +290,7 @@ def launch(
 
         a = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m, tile.k])
         b = TensorDescriptor(qweight, [width, in_features], [qweight.stride(0), 1], [tile.n, tile.k])
-    with launch_device(xq, INTERPRETED):
+    with place:
         _int8_matmul[(programs,)](
             a,
             b,

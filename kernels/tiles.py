@@ -70,8 +70,8 @@ _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
 _MATMUL_LARGE = (
     MatmulTile(128, 128, 128, 4, 3, 2, 0),
     MatmulTile(128, 128, 128, 4, 3, 2, 1),
-    MatmulTile(64, 128, 128, 4, 3, 3, 0),
-    MatmulTile(128, 64, 128, 4, 3, 3, 0),
+    MatmulTile(64, 128, 128, 4, 3, 2, 0),
+    MatmulTile(128, 64, 128, 4, 3, 2, 0),
     MatmulTile(128, 128, 64, 4, 4, 2, 0),
 )
 _MATMUL_SMALL = (
@@ -146,4 +146,4 @@ def _fits(tile: FusedTile | MatmulTile, device: torch.device) -> bool:
         return True
     wide = 1 if isinstance(tile, MatmulTile) else 4 if tile.k <= 64 and tile.stages == 3 else 2
     held = tile.stages * tile.k * (tile.m * wide + tile.n)
-    return held * max(1, getattr(tile, "programs", 1)) <= (227 if _shared_memory(device) > 160_000 else 99) * 1024
+    return held <= _shared_memory(device)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from squareq_fx.auto import decisions_for, tune_kernels
+from squareq_fx.auto import decisions_for, tune_kernels, usual_sizes
 from squareq_fx.backends import Backend, check_backend
 from squareq_fx.capture import capture
 from squareq_fx.compute import ERROR_BUDGET, Compute, Decisions
@@ -84,7 +84,7 @@ def compile(
         keep_resident: segments that are never evicted.
         backend: how the blocks run. "eager": operation by operation. "inductor": each unique function of the graph compiled by
             TorchInductor, here and once for all sizes; a second process finds the programs in Inductor's cache. "cudagraph":
-            the same, and what a whole step launches is recorded and replayed.
+            the same, and what a whole forward launches is recorded and replayed; training steps are not recorded.
         slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
         block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
         observe: called after each stage.
@@ -158,9 +158,17 @@ def compile(
         passes = tuple(replace(p, compute=decisions) if isinstance(p, Quantize) else p for p in passes)
     graph = graph_after(passes, until, captured)
     tune_kernels(graph, model, opened, example_inputs=example_inputs, measure=tune or auto, progress=progress)
+    value_of = None if backend == "eager" else usual_sizes(graph, model, opened, example_inputs=example_inputs)
     with _status(type(model).__name__, progress) as show_stage:
         return emit(
-            graph, model, opened, backing=backing, keep_resident=keep_resident, backend=backend, show=show_stage
+            graph,
+            model,
+            opened,
+            backing=backing,
+            keep_resident=keep_resident,
+            backend=backend,
+            show=show_stage,
+            value_of=value_of,
         )
 
 

@@ -27,7 +27,7 @@ from squareq_fx.slab.reader import Slab
 from squareq_fx.timings import Shape, Table, machine
 from squareq_fx.tuning import layer_times, tune, unique_shapes, use_known_tiles
 
-__all__ = ["decisions_for", "tune_kernels"]
+__all__ = ["decisions_for", "tune_kernels", "usual_sizes"]
 
 
 def decisions_for(
@@ -135,6 +135,27 @@ def _sizes(
     gm: fx.GraphModule, model: nn.Module, slab: Slab, example_inputs: Any
 ) -> tuple[Callable[[torch.Tensor], tuple[int, ...]] | None, str]:
     """What gives the sizes of a value at the sizes that will be run, and whose these are; None for those it was traced with."""
+    bound, what = _usual(gm, model, slab, example_inputs)
+    if bound is None:
+        return None, what
+    binding, tensors = bound
+    return lambda val: binding.concrete(val, tensors), what
+
+
+def usual_sizes(
+    gm: fx.GraphModule, model: nn.Module, slab: Slab, *, example_inputs: Any = None
+) -> Callable[[Any], int] | None:
+    """What gives a size of the graph at the sizes that will be run: those of `example_inputs`, else of the model's family, else
+    of the slab's record. It raises KeyError where these do not tell; None stands for the sizes the graph was traced with.
+    """
+    bound, _ = _usual(gm, model, slab, example_inputs)
+    return None if bound is None else bound[0].sizes(bound[1])
+
+
+def _usual(
+    gm: fx.GraphModule, model: nn.Module, slab: Slab, example_inputs: Any
+) -> tuple[tuple[Binding, list[torch.Tensor]] | None, str]:
+    """The inputs of a call as it will be, bound, and whose sizes they have."""
     record = program(gm)
     usual = usual_call(model)
     if example_inputs is not None:
@@ -153,7 +174,7 @@ def _sizes(
         tensors, _ = binding.tensors(args, kwargs)
     except BindingError:  # another type than the model has now, or sizes of another branch
         return None, "the sizes it was traced with"
-    return lambda val: binding.concrete(val, tensors), what
+    return (binding, tensors), what
 
 
 def tune_kernels(

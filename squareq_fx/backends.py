@@ -41,16 +41,23 @@ class Lowering:
 
     Args:
         backend: "eager" runs the graph's operations one by one; "inductor" compiles each function; "cudagraph" compiles each
-            function, and then records what the whole graph launches.
+            function, and then records what a whole forward launches; training steps are not recorded.
         device: where the graphs run.
+        value_of: the sizes that programs are tuned for (`inductor.compile_function`).
 
     Raises:
         SquareQError: there is no such backend, or it does not run on the device.
     """
 
-    def __init__(self, backend: Backend = "eager", device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend = "eager",
+        device: torch.device | None = None,
+        value_of: Callable[[Any], int] | None = None,
+    ) -> None:
         check_backend(backend, device)
         self.backend = backend
+        self._value_of = value_of
         self._recorder = CudaRecorder(device) if backend == "cudagraph" and device is not None else None
         self._functions: dict[tuple[Any, ...], nn.Module] = {}
         self._compilations: list[Compilation] = []
@@ -62,10 +69,12 @@ class Lowering:
 
     def __call__(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """The twin of a graph (`lowered`), with this backend."""
-        if self.backend == "eager":
-            return lowered(gm)
-        twin = lowered(gm, self._function)
+        twin = self.unrecorded(gm)
         return recorded(twin, recorder=self._recorder) if self.backend == "cudagraph" else twin
+
+    def unrecorded(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """The same without CUDA graphs, for the halves of a training step: recorded, these do not yet agree on every card."""
+        return lowered(gm) if self.backend == "eager" else lowered(gm, self._function)
 
     def prepare(self, graphs: Iterable[Lowered], show: Callable[[str], None]) -> None:
         """Lower now what the first calls of `graphs` would.
@@ -86,7 +95,7 @@ class Lowering:
     def _function(self, name: str, function: fx.GraphModule) -> nn.Module:
         key = _key(function)
         if key not in self._functions:
-            self._functions[key] = compile_function(name, function, self._compilations.append)
+            self._functions[key] = compile_function(name, function, self._compilations.append, self._value_of)
         return self._functions[key]
 
 

@@ -64,10 +64,14 @@ class Binding:
 
     def concrete(self, val: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """The sizes that a value of the graph has in a call with these inputs."""
+        return tuple(map(self.sizes(tensors), val.shape))
+
+    def sizes(self, tensors: Sequence[torch.Tensor]) -> Callable[[Any], int]:
+        """What a size of the graph, an integer or a symbol, is in a call with these inputs; KeyError if they do not tell."""
         symbols: dict[str, int] = {}
         for path, value in zip(self.call.input_paths, tensors):
             self._bind_sizes(path, value, symbols)
-        return tuple(_evaluate(_expression(size), symbols) for size in val.shape)
+        return lambda size: _evaluate(_expression(size), symbols)
 
     def _check_literals(self, given: Mapping[str, Any]) -> None:
         for path, value in given.items():
@@ -109,7 +113,8 @@ class Binding:
             if value.dim():
                 raise BindingError(f"{self.name}: {path} is on {value.device}, the graph runs on {self.device}; move it there")
             value = value.to(self.device)
-        return value
+        # The graph was traced on contiguous inputs; what is compiled from it reads them by their strides.
+        return value.contiguous()
 
     def _fit(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         shapes = tuple(tuple(v.shape) for v in values)
@@ -153,7 +158,7 @@ class Binding:
         size = self._sizes[path][0]
         symbol, factor = _linear(size)
         extent = int(size) if symbol is None else symbols.setdefault(symbol, value.numel()) * factor
-        return value.reshape(1).expand(extent)
+        return value.reshape(1).expand(extent).contiguous()
 
     def _check_derived(self, values: list[torch.Tensor], symbols: dict[str, int]) -> None:
         for path, value in zip(self.call.input_paths, values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -36,6 +37,7 @@ def emit(
     keep_resident: Iterable[str] = (),
     backend: Backend = "eager",
     show: Callable[[str], None] = lambda text: None,
+    value_of: Callable[[Any], int] | None = None,
 ) -> CompiledModule:
     """A runnable module from a graph at any stage.
 
@@ -47,6 +49,7 @@ def emit(
         backing, keep_resident: see `WeightStore`.
         backend: how the graph's functions run (`Lowering`); all of them are compiled here.
         show: called with the progress of that, as text.
+        value_of: the number to tune these for, of each size of the graph (`auto.usual_sizes`); default: as it was captured.
 
     Raises:
         SlabError: a weight has no value, or its bytes in the slab are damaged.
@@ -54,7 +57,7 @@ def emit(
     """
     whole, gm = gm, forward_only(gm)
     record = program(gm)
-    lowering = Lowering(backend, record.device)
+    lowering = Lowering(backend, record.device, value_of)
     if backend != "eager" and record.level < Level.STREAMED:
         raise SquareQError(
             f"backend={backend!r} compiles the functions of a streamed graph, and this one is {record.level.name.lower()}; go "

@@ -26,7 +26,7 @@ class Sizes:
 
     Attributes:
         names: one for each integer.
-        hints: the value of each that the graph was captured with.
+        hints: a value of each; by default the one that the graph was captured with.
         read: the integers, from the function's arguments.
         within: a size of the graph, in these names (sympy expressions).
     """
@@ -78,7 +78,7 @@ def hint(size: Any) -> int:
     return int(known) if isinstance(known, int) else _NO_HINT
 
 
-def sizes_of(values: Sequence[Any]) -> Sizes:
+def sizes_of(values: Sequence[Any], value_of: Callable[[Any], int] = hint) -> Sizes:
     """The integers that determine every size and stride in `values`.
 
     A size that is a symbol is one of them; a symbol that occurs in a sum or a multiple only is solved for; of what is left,
@@ -86,6 +86,7 @@ def sizes_of(values: Sequence[Any]) -> Sizes:
 
     Args:
         values: the `val`s of a function's arguments: fake tensors, and sizes.
+        value_of: gives the number for each size that `Sizes.hints` are made from.
     """
     import sympy
 
@@ -107,7 +108,7 @@ def sizes_of(values: Sequence[Any]) -> Sizes:
         hints.append(value)
         return atom
 
-    waiting = [(size.node.expr, source, hint(size)) for size, source in _sizes(values) if isinstance(size, torch.SymInt)]
+    waiting = [(size.node.expr, source, value_of(size)) for size, source in _sizes(values) if isinstance(size, torch.SymInt)]
     while waiting:
         left = []
         for expr, source, value in waiting:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from squareq_fx.kernels import dispatch, reference
+from squareq_fx.kernels import dispatch, reference, tiles
 
 __all__ = [
     "DTYPES",
@@ -60,7 +60,7 @@ if INTERPRETED:
 
 
 def implementations() -> list[object]:
-    """(device, function) pairs to test in this process: Triton's two interpreted, or the CPU's and CUDA's."""
+    """(device, function) pairs to test in this process: Triton's interpreted, or the CPU's and CUDA's."""
     if INTERPRETED:
         return [
             pytest.param("cpu", dispatch.int8_linear, id="interpreted"),
@@ -70,16 +70,17 @@ def implementations() -> list[object]:
         pytest.param("cpu", dispatch.int8_linear, id="cpu"),
         pytest.param("cuda", fused, id="fused", marks=pytest.mark.gpu),
         pytest.param("cuda", dispatch.dequantized_linear, id="dequantized", marks=pytest.mark.gpu),
+        pytest.param("cuda", dispatch.int8_linear, id="dispatched", marks=pytest.mark.gpu),
     ]
 
 
 def fused(*inputs: torch.Tensor) -> torch.Tensor:
-    """The fused Triton kernel at any number of rows; the tile varies but is not tuned, which is slow."""
+    """The fused Triton kernel at any number of rows; the tile varies from shape to shape."""
     from squareq_fx.kernels import int8_linear  # late: needs triton
 
-    rows, dtype = inputs[0].shape[:-1].numel(), inputs[0].dtype
-    tiles = int8_linear.tiles_for(int8_linear.row_bucket(rows), dtype)
-    return int8_linear.int8_linear(*inputs, tile=tiles[inputs[1].shape[0] % len(tiles)])
+    x, width = inputs[0], inputs[1].shape[0]
+    choices = tiles.candidates("int8_linear", x.shape[:-1].numel(), width, x.shape[-1], x.dtype, x.device)
+    return int8_linear.int8_linear(*inputs, tile=choices[width % len(choices)])
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import backbone, calls
+from compiled import family_slab
 from laws import bits, l2
 from models import Attend, Mlp, Norm, Residual, Seq, Spec, Staged, scratch, seeded, training
 from torch import fx
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import squareq_fx
@@ -393,7 +396,8 @@ def test_quantised_rows_are_what_the_kernel_gives() -> None:
     (xq, sx), used = _decomposed(ops.quantize_rows, x)
     expected, scales = reference.quantize_rows(x)
     assert ops.quantize_rows not in used
-    assert torch.allclose(sx, scales, rtol=1e-6) and xq.dtype == torch.int8 and sx[0, 0] == 1
+    assert torch.allclose(sx[..., 0], scales[..., 0], rtol=1e-6) and xq.dtype == torch.int8 and sx[0, 0].tolist() == [1, 0]
+    assert torch.equal(sx[..., 1], xq.sum(-1, dtype=torch.int32).float()) and sx.dtype == torch.float32
     assert (xq.int() - expected.int()).abs().max() <= 1 and (xq != expected).float().mean() < 0.01
 
 
@@ -420,6 +424,80 @@ def test_a_refusal_names_the_function_and_the_source(monkeypatch: pytest.MonkeyP
     text = str(caught.value)
     assert "Inductor cannot compile the function prologue: NotImplementedError" in text
     assert "model source: " in text and "models.py" in text and 'backend="eager"' in text
+    assert "raised in " in text and "test_inductor.py" in text and "(broken: raise NotImplementedError(" in text
+
+
+def test_programs_are_tuned_for_the_sizes_that_are_given_and_hold_for_all() -> None:
+    mode, rows, columns = sizes()
+    noted: list[inductor.Compilation] = []
+
+    def body(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        return call_op(graph, aten.sin.default, (x,), like=x)
+
+    def usual(size: torch.SymInt) -> int:
+        return {str(rows.node.expr): 1}[str(size.node.expr)]  # nothing is known of the columns
+
+    value = empty(mode, (rows, columns), torch.float32, torch.device("cpu"))
+    run = inductor.compile_function("sin", function_of(body, value), noted.append, usual)
+    assert noted[0].sizes == (2, columns.node.hint), "what is tuned for one sample must hold for several"
+    for shape in ((1, 1), (1, 7), (5, 2)):
+        x = torch.randn(shape)
+        assert torch.allclose(run(x), x.sin())
+    assert len(noted) == 1
+
+
+def test_many_rows_are_those_that_will_be_run() -> None:
+    q, scale, zero_point, bias = _quantised(0, 12, 40)
+    mode, rows, _ = sizes()
+    for opened in (True, False):
+        graph = fx.Graph()
+        nodes = [graph.placeholder(name) for name in "xqszb"]
+        x = empty(mode, (rows, 40), torch.float32, torch.device("cpu"))
+        for node, value in zip(nodes, (x, q, scale, zero_point, bias)):
+            node.meta["val"] = value
+        graph.output(call_op(graph, ops.int8_linear, tuple(nodes), like=nodes[0]))
+        decompose(graph, {True: lambda size: 4096, False: lambda size: 2}[opened])
+        assert bool(graph.find_nodes(op="call_function", target=aten.linear.default)) is opened
+
+
+def test_compile_tunes_for_the_example_inputs_sizes() -> None:
+    model, slab = backbone("dit"), family_slab("dit")
+    example = calls("dit", 5)
+    module = squareq_fx.compile(model, slab, example_inputs=example, backend="inductor", progress=False)
+    assert {c.sizes for c in module.lowering.compilations} == {(5,)}
+    usual = squareq_fx.compile(model, slab, backend="inductor", progress=False)
+    assert {c.sizes for c in usual.lowering.compilations} == {(2,)}, "usual is one sample; programs are for several too"
+
+
+@pytest.mark.skipif(torch.__version__ < TorchVersion("2.13"), reason="older C++ programs of Inductor drop the rounding")
+def test_16_bit_values_round_between_fused_operations() -> None:
+    mode, rows, _ = sizes()
+
+    def body(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        large = call_op(graph, aten.mul.Tensor, (x, 1000), like=x)
+        moved = call_op(graph, aten.add.Tensor, (large, 3.3), like=x)
+        return call_op(graph, aten.sub.Tensor, (moved, large), like=x)
+
+    function = function_of(body, empty(mode, (rows, 64), torch.bfloat16, torch.device("cpu")))
+    run = inductor.compile_function("scaled", function, lambda _: None)
+    with seeded(4):
+        x = torch.randn(4, 64).to(torch.bfloat16)
+    assert torch.equal(run(x), function(x))
+
+
+def test_a_whole_w8a8_model_agrees_with_its_operations() -> None:
+    model, slab = backbone("flux"), family_slab("flux")
+    eager, compiled = (
+        squareq_fx.compile(model, slab, compute="w8a8", backend=backend, progress=False)  # type: ignore[arg-type]
+        for backend in ("eager", "inductor")
+    )
+    programs = len(compiled.lowering.compilations)
+    for n in (2, 1, 3):
+        call = calls("flux", n)
+        with torch.no_grad():
+            found, expected = compiled(**call).sample, eager(**call).sample
+        assert l2(found, expected) < 1e-2, "a rounding to int8 may go the other way"
+    assert len(compiled.lowering.compilations) == programs
 
 
 _SECOND = """

@@ -29,14 +29,15 @@ def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[st
         cwd=HERE.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
 
 
 def test_the_kernel_tests_pass_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    modules = [str(HERE / f"test_kernels_{name}.py") for name in ("linear", "dx", "dequantize", "tuning")]
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", "-k", "not hopper"]
+    names = ("benchmark", "dequantize", "dispatch", "dx", "gemv", "linear", "matmul", "quantize_rows", "tiles")
+    modules = [str(HERE / f"test_kernels_{name}.py") for name in names]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu"]
     result = run("-m", "pytest", *options, *modules, interpret="1")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
@@ -57,10 +58,21 @@ def test_a_missing_triton_is_named() -> None:
     assert "RuntimeError: int8 layers on CUDA, or TRITON_INTERPRET=1, need Triton" in result.stderr
 
 
-def test_asking_for_the_interpreter_too_late_says_so() -> None:
+@pytest.mark.parametrize(("rows", "compute"), [(3, "w8a16"), (1, "w8a16"), (3, "w8a8")])
+def test_asking_for_the_interpreter_too_late_says_so(rows: int, compute: str) -> None:
     pytest.importorskip("triton")
-    code = "import triton, os\nfrom squareq_fx.kernels import int8_linear\n" + LAYER
-    code += "os.environ['TRITON_INTERPRET'] = '1'; dispatch.int8_linear(*args)"
+    code = "import triton, os\nfrom squareq_fx.kernels import int8_gemv, int8_linear, quantize_rows\n"
+    code += LAYER.replace("randn(3,", f"randn({rows},")
+    code += f"os.environ['TRITON_INTERPRET'] = '1'; dispatch.int8_linear(*args, {compute!r})"
     result = run("-c", code)
     assert result.returncode == 1
     assert "set TRITON_INTERPRET=1 before triton is first imported" in result.stderr
+
+
+def test_the_int8_product_says_so_too() -> None:
+    pytest.importorskip("triton")
+    code = LAYER + "from squareq_fx.kernels import int8_matmul\nxq, sx = reference.quantize_rows(args[0])\n"
+    code += "int8_matmul.int8_matmul(xq, sx, *args[1:], torch.float32)"
+    result = run("-c", code)
+    assert result.returncode == 1
+    assert "ValueError: the Triton kernels run on CUDA devices but the tensors are on cpu" in result.stderr

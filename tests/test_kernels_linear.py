@@ -128,9 +128,8 @@ def test_a_weight_and_its_vectors_may_be_views(device: str, linear: Linear) -> N
     copies = tuple(view.contiguous() for view in views)
     assert torch.equal(linear(x, *views), linear(x, *copies))
     columns = qweight.t().contiguous().t()
-    assert torch.equal(
-        linear(x, columns, scale, zero_point, bias), linear(x, qweight, scale, zero_point, bias)
-    )
+    turned, straight = (linear(x, q, scale, zero_point, bias) for q in (columns, qweight))
+    torch.testing.assert_close(turned, straight, rtol=1e-5, atol=1e-6)  # a BLAS on several threads follows the strides
 
 
 @each_implementation

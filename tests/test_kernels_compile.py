@@ -1,0 +1,166 @@
+"""Every Triton kernel compiles for cards that need not be there, Hopper and Ampere, to the instructions it was written for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from kernel_cases import INTERPRETED  # noqa: E402
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from squareq_fx.kernels import dequantize_rows, int8_gemv, int8_linear, int8_matmul, quantize_rows, tiles  # noqa: E402
+from squareq_fx.kernels.tiles import FusedTile, MatmulTile  # noqa: E402
+
+NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HOPPER, AMPERE = 90, 80
+SHARED = {HOPPER: 227 * 1024, AMPERE: 163 * 1024}
+"""Bytes of shared memory that one program may have."""
+POINTERS = {
+    "q_ptr": "*i8",
+    "sx_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "zero_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "s_ptr": "*fp32",
+    "counter_ptr": "*i32",
+}
+NOT_SPECIALISED = {"M", "split", "whole", "tail"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, object], warps: int, stages: int = 3, target: int = HOPPER
+) -> Any:
+    """What Triton makes of a kernel whose sizes are multiples of 16, as models' are."""
+    names = kernel.arg_names
+    given = {**POINTERS, **types}
+    signature = {name: "constexpr" if name in constants else given.get(name, "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in NOT_SPECIALISED and signature[name] != "constexpr" and not signature[name].startswith("tensordesc")
+    }
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    assert made.metadata.shared <= SHARED[target]
+    return made
+
+
+def fused(dtype: str, tile: FusedTile, target: int, even: bool = True) -> Any:
+    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
+    constants = {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "EVEN_K": even,
+        "WIDEN": False,
+        "SPLITS": tile.split > 1,
+    }
+    if tile.split == 1:
+        constants |= {"partial_ptr": None, "counter_ptr": None}
+    return compiled(int8_linear._int8_linear, types, constants, tile.warps, tile.stages, target)
+
+
+def product(
+    dtype: str,
+    tile: MatmulTile,
+    target: int,
+    descriptors: bool,
+    even: bool = True,
+    activation: str = "none",
+    addend: bool = False,
+    aligned: bool = True,
+) -> Any:
+    types = {"a": "*i8", "b": "*i8", "x_ptr": "*i8", "y_ptr": f"*{dtype}", "addend_ptr": f"*{dtype}", "partial_ptr": "*i32"}
+    if descriptors:
+        types |= {"a": f"tensordesc<i8[{tile.m}, {tile.k}]>", "b": f"tensordesc<i8[{tile.n}, {tile.k}]>"}
+    constants = {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "DESCRIPTORS": descriptors,
+        "EVEN_K": even,
+        "ALIGNED": aligned,
+        "ACTIVATION": activation,
+        "SPLITS": bool(tile.split),
+    }
+    if not addend:
+        constants["addend_ptr"] = None
+    if not tile.split:
+        constants |= {"partial_ptr": None, "counter_ptr": None}
+    return compiled(int8_matmul._int8_matmul, types, constants, tile.warps, tile.stages, target)
+
+
+
+each_target = pytest.mark.parametrize(("dtype", "target"), [("bf16", HOPPER), ("fp32", HOPPER), ("fp16", AMPERE)])
+
+
+@each_target
+def test_the_fused_product(dtype: str, target: int) -> None:
+    device = torch.device("cpu")  # where every tile counts as fitting
+    whole = tiles.candidates("int8_linear", 64, 3072, 3072, NAMES[dtype], device)[0]
+    few = tiles.candidates("int8_linear", 16, 3072, 3072, NAMES[dtype], device)
+    split = next(t for t in few if isinstance(t, FusedTile) and t.split > 1)
+    assert isinstance(whole, FusedTile)
+    text = fused(dtype, whole, target).asm["ptx"]
+    assert ("wgmma.mma_async" in text) == (target == HOPPER and dtype != "fp32")
+    assert ("mma.sync" in text) == (target == AMPERE)
+    assert "atom" not in text and "atom" in fused(dtype, split, target, even=False).asm["ptx"]
+
+
+def test_the_int8_product_for_hopper() -> None:
+    tile = MatmulTile(128, 128, 128, 4, 3, 2, 1)
+    made = product("bf16", tile, HOPPER, descriptors=True)
+    text = made.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in text and "cp.async.bulk.tensor" in text and "atom" in text
+    assert 2 * made.metadata.shared <= SHARED[HOPPER], "two programs a multiprocessor"
+    pointers = product("fp32", tile._replace(m=64, split=0), HOPPER, descriptors=False, even=False).asm["ptx"]
+    assert "wgmma.mma_async" in pointers and "cp.async.bulk.tensor" not in pointers and "atom" not in pointers
+
+
+def test_the_int8_product_for_ampere() -> None:
+    text = product("fp16", MatmulTile(64, 128, 128, 4, 3, 2, 1), AMPERE, descriptors=False).asm["ptx"]
+    assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.(satfinite\.)?s32\.s8\.s8\.s32", text) and "atom" in text
+
+
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_every_epilogue(activation: str) -> None:
+    tile = MatmulTile(64, 64, 128, 4, 3, 0, 0)
+    made = product("bf16", tile, HOPPER, descriptors=True, activation=activation, addend=True, aligned=False)
+    assert "wgmma.mma_async" in made.asm["ptx"]
+
+
+@each_target
+def test_the_kernels_bound_by_memory(dtype: str, target: int) -> None:
+    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
+    rows, columns, warps = dequantize_rows.TILES[NAMES[dtype]]
+    flat = compiled(
+        dequantize_rows._dequantize_rows, types, {"BLOCK_N": rows, "BLOCK_K": columns}, warps, target=target
+    )
+    assert "st.global.v4" in flat.asm["ptx"]
+    for x_rows, (block_n, block_k, warps, stages) in int8_gemv._TILES.items():
+        constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages}
+        compiled(int8_gemv._int8_gemv, types, constants, warps, target=target)
+    types = {"x_ptr": f"*{dtype}"}
+    height, width, warps = quantize_rows.tile_for(3072)
+    constants = {"SMALLEST": 1e-30, "BLOCK_M": height, "BLOCK_K": width}
+    compiled(quantize_rows._quantize_rows, types, constants, warps, target=target)
+    compiled(quantize_rows._quantize_wide_rows, types, {"SMALLEST": 1e-30, "BLOCK_K": 4096}, 8, target=target)

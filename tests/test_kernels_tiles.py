@@ -1,0 +1,181 @@
+"""The tiles of the kernels: a few for every shape, which fit the card, and one that is chosen for a bucket of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, INTERPRETED, Case, assert_accurate
+
+from squareq_fx.kernels import dispatch, reference, tiles
+from squareq_fx.kernels.tiles import CHOSEN, FusedTile, MatmulTile, candidates, key, row_bucket, tile_for
+
+CARDS = {"H200": (132, 227), "A100": (108, 163), "RTX 4090": (128, 99)}
+"""Multiprocessors, and KiB of shared memory that a program may have."""
+CARD = torch.device("cuda", 0)
+TYPES = {"int8_linear": FusedTile, "int8_matmul": MatmulTile}
+each_kernel = pytest.mark.parametrize("kernel", TYPES)
+sizes = st.one_of(st.integers(1, 300), st.integers(1, 20000))
+
+
+@pytest.fixture(params=CARDS)
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """A card that need not be there."""
+    processors, kib = CARDS[request.param]
+    properties = SimpleNamespace(multi_processor_count=processors, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tiles, "CHOSEN", {})
+    for cached in (tiles._guess, tiles._shared_memory):
+        cached.cache_clear()
+    yield processors, kib
+    for cached in (tiles._guess, tiles._shared_memory):
+        cached.cache_clear()
+
+
+@given(st.integers(0, 1 << 24), st.integers(0, 1 << 24))
+def test_buckets_of_rows_are_monotone_and_close(a: int, b: int) -> None:
+    small, large = sorted((a, b))
+    assert row_bucket(small) <= row_bucket(large)
+    for rows in (a, b):
+        bucket = row_bucket(rows)
+        assert rows <= bucket == row_bucket(bucket)
+        assert bucket == 16 if rows <= 16 else 8 * (bucket - rows) < rows
+
+
+def test_the_rows_of_models_are_their_own_buckets() -> None:
+    assert [row_bucket(rows) for rows in (1, 16, 17, 32, 77, 154, 2048, 4096, 4608, 8192, 16384)] == [
+        16, 16, 18, 32, 80, 160, 2048, 4096, 4608, 8192, 16384,
+    ]  # fmt: skip
+
+
+@each_kernel
+@given(rows=sizes, width=sizes, depth=sizes, dtype=st.sampled_from(DTYPES))
+def test_every_shape_has_a_few_tiles_that_fit(
+    card: tuple[int, int], kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype
+) -> None:
+    found = candidates(kernel, rows, width, depth, dtype, CARD)
+    assert 1 <= len(found) == len(set(found)) <= 5
+    assert all(isinstance(tile, TYPES[kernel]) for tile in found)
+    for tile in found:
+        assert min(tile.m, tile.n, tile.k) >= 16 and all(side & (side - 1) == 0 for side in tile[:3])
+        assert tile.m <= 2 * max(16, rows), "most of the tile would be empty"
+        wide = dtype.itemsize if kernel == "int8_linear" else 1
+        assert tile.stages * tile.k * (tile.m * wide + tile.n) <= card[1] * 1024
+        if kernel == "int8_linear":
+            assert tile.m * tile.n <= 8192 and tile.warps <= 4, "on eight warps an H200 computed wrong sums"
+
+
+@each_kernel
+@given(rows=sizes, width=sizes, depth=sizes, dtype=st.sampled_from(DTYPES))
+def test_a_launch_takes_the_measured_tile_or_a_candidate(
+    card: tuple[int, int], kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype
+) -> None:
+    guess = tile_for(kernel, rows, width, depth, dtype, CARD)
+    assert guess in candidates(kernel, row_bucket(rows), width, depth, dtype, CARD)
+    assert tile_for(kernel, row_bucket(rows), width, depth, dtype, CARD) == guess
+    measured = guess._replace(warps=8)
+    tiles.CHOSEN[key(kernel, rows, width, depth, dtype)] = measured
+    try:
+        assert tile_for(kernel, rows, width, depth, dtype, CARD) == measured
+        assert tile_for(kernel, row_bucket(rows), width, depth, dtype, CARD) == measured
+        assert tile_for(kernel, 2 * row_bucket(rows), width, depth, dtype, CARD) != measured
+        assert tile_for(kernel, rows, width + 1, depth, dtype, CARD) != measured
+    finally:
+        tiles.CHOSEN.clear()
+
+
+def test_other_kernels_have_no_tiles() -> None:
+    from squareq_fx.kernels.trial import trial
+
+    assert candidates("quantize_rows", 10, 20, 30, torch.float32, CARD) == ()
+    with pytest.raises(ValueError, match="'quantize_rows' has no tiles to choose from; int8_linear and int8_matmul have"):
+        trial("quantize_rows", 10, 20, 30, torch.float32, torch.device("cpu"))
+
+
+if INTERPRETED:
+
+    @each_kernel
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    def test_a_trial_runs_a_kernel_on_one_shape_with_any_tile(kernel: str, dtype: torch.dtype) -> None:
+        from squareq_fx.kernels.trial import trial
+
+        run = trial(kernel, 3, 40, 70, dtype, torch.device("cpu"))
+        tile = FusedTile(16, 16, 32, 4, 1, 2) if kernel == "int8_linear" else MatmulTile(16, 16, 32, 4, 1, 1, 1)
+        y = run(tile)
+        assert y.shape == (16, 40) and y.dtype == dtype and y.isfinite().all() and bool(y.any())
+        if kernel == "int8_matmul":
+            assert torch.equal(y, run(tile._replace(k=64, programs=0)))
+
+    def test_a_chosen_split_is_as_exact_as_none() -> None:
+        from squareq_fx.kernels.int8_linear import int8_linear
+
+        for dtype in DTYPES:
+            inputs = Case((20,), 300, 40, dtype, zero_points=True).build("cpu")
+            for split in (1, 2, 3, 99):
+                tile = FusedTile(16, 32, 64, 4, 1, split)
+                assert_accurate(int8_linear(*inputs, tile), inputs)
+
+
+@pytest.mark.gpu
+def test_the_kernels_take_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from squareq_fx.kernels import int8_linear, int8_matmul
+
+    x, *layer, bias = Case((40,), 256, 96, torch.bfloat16).build("cuda")
+    shape = (40, 96, 256, torch.bfloat16)
+    for kernel, module in (("int8_linear", int8_linear), ("int8_matmul", int8_matmul)):
+        for tile in candidates(kernel, *shape, x.device):
+            monkeypatch.setitem(CHOSEN, key(kernel, *shape), tile)
+            seen: list[object] = []
+            monkeypatch.setattr(module, "tile_for", lambda *a, seen=seen: (seen.append(tile_for(*a)), seen[-1])[1])
+            compute = "w8a16" if kernel == "int8_linear" else "w8a8"
+            dispatch.int8_linear(x, *layer, bias, compute)
+            assert seen == [tile]
+
+
+@pytest.mark.gpu
+def test_a_new_number_of_rows_compiles_nothing() -> None:
+    from squareq_fx.kernels import int8_linear, int8_matmul, quantize_rows
+
+    kernels = (int8_linear._int8_linear, int8_matmul._int8_matmul, quantize_rows._quantize_rows)
+    x, *layer, bias = Case((64,), 256, 96, torch.bfloat16).build("cuda")
+
+    def run(rows: int) -> None:
+        dispatch.int8_linear(x[:rows], *layer, bias)
+        dispatch.int8_linear(x[:rows], *layer, bias, "w8a8")
+
+    def known() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    tile = int8_linear.tile_for("int8_linear", 64, 96, 256, torch.bfloat16, x.device)
+    for rows in (3, 33, 64):
+        run(rows)
+    before = known()
+    for rows in (*range(3, 17), *range(49, 65)):
+        if int8_linear.tile_for("int8_linear", rows, 96, 256, torch.bfloat16, x.device) == tile or rows <= 16:
+            run(rows)
+    assert known() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile_is_accurate_and_repeatable_at_a_model_s_size(dtype: torch.dtype) -> None:
+    """A race in a pipelined tile shows only on a card, at sizes that fill it, as bits that change between runs."""
+    from squareq_fx.kernels.int8_linear import int8_linear
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(512, 3072, device="cuda", generator=generator).to(dtype)
+    q, scale, zero = reference.quantize_weight(torch.randn(3072, 3072, device="cuda", generator=generator) / 55)
+    exact = x.double() @ reference.dequantize(q, scale, zero, 3072).double().t()
+    torchs = torch.nn.functional.linear(x, reference.dequantize(q, scale, zero, 3072, dtype))
+    allowed = 2 * (torchs.double() - exact).norm() / exact.norm() + 1e-6
+    for rows in (16, 32, 64, 128):
+        for tile in candidates("int8_linear", rows, 3072, 3072, dtype, x.device):
+            for few in (rows, 512):  # the few rows the tile is for, which may be split, and many
+                assert isinstance(tile, FusedTile)
+                runs = [int8_linear(x[:few], q, scale, zero, None, tile) for _ in range(5)]
+                assert all(torch.equal(runs[0], run) for run in runs[1:]), f"tile {tile}"
+                assert (runs[0].double() - exact[:few]).norm() / exact[:few].norm() <= allowed, f"tile {tile}"
