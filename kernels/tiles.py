@@ -137,7 +137,7 @@ def _guess(
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _fits(tile: FusedTile | MatmulTile, device: torch.device) -> bool:

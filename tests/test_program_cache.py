@@ -342,7 +342,9 @@ def test_functions_and_closures() -> None:
     assert identity([{1, 2}]) == identity([{2, 1}])
 
 
-@pytest.mark.parametrize("value", [threading.Lock(), torch.Generator(), (i for i in range(2)), memoryview(b"")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [threading.Lock(), torch.Generator(), (i for i in range(2)), memoryview(b"")], ids=lambda v: type(v).__name__
+)
 def test_what_cannot_be_looked_into_has_no_identity(value: Any) -> None:
     with pytest.raises(NoIdentityError):
         identity([Holder(value)])

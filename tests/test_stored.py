@@ -201,7 +201,9 @@ def test_values_are_read_as_they_were_written(value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("value", [object(), torch.zeros(2), open, lambda: 0, {1, 2}, torch.Generator()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), torch.zeros(2), open, lambda: 0, {1, 2}, torch.Generator()], ids=lambda v: type(v).__name__
+)
 def test_what_cannot_be_written_is_named(value: Any) -> None:
     with pytest.raises(UnstorableError, match="written"):
         _values()[0].write([value])
