@@ -15,11 +15,12 @@ from backbones import backbone, calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXAMPLES, Function, Mlp, Residual, Spec, make_slab, scratch, staged
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import squareq_fx
-from squareq_fx import auto, ops
+from squareq_fx import auto, cli, ops
 from squareq_fx.calibration import calibrate, inputs_id
 from squareq_fx.cli import app
 from squareq_fx.compute import Decision, Decisions, Measured, decide, modes_of, role_of, slab_id
@@ -413,13 +414,16 @@ def test_explain(w8a8_is_faster: list[Any]) -> None:
     assert "not quantised" in squareq_fx.explain(staged(SPEC).graphs["capture"])
 
 
-def test_inspect_prints_decisions_that_lie_beside_the_slab(w8a8_is_faster: list[Any]) -> None:
+def test_inspect_prints_decisions_that_lie_beside_the_slab(
+    w8a8_is_faster: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_out", Console(width=250))  # whatever it was made with
     model, slab = slab_of()
     run = CliRunner().invoke
     stem = str(slab.path).removesuffix(".safetensors")
-    assert "w8a8" not in run(app, ["inspect", stem], env={"COLUMNS": "250"}).output
+    assert "w8a8" not in run(app, ["inspect", stem]).output
     assert json.loads(run(app, ["inspect", stem, "--json"]).output)["compute"] is None
     squareq_fx.compile(model, slab, compute="auto", progress=False)
-    output = run(app, ["inspect", stem], env={"COLUMNS": "250"}).output
+    output = run(app, ["inspect", stem]).output
     assert "12 of 12 layers in w8a8" in output and "blocks.*.body.inner.up" in output and "2.00x as fast" in output
     assert json.loads(run(app, ["inspect", stem, "--json"]).output)["compute"]["head"]["mode"] == "w8a8"
