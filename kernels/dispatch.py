@@ -18,6 +18,7 @@ from squareq_fx.kernels.arguments import (
     check_parts,
     check_quantize_rows,
 )
+from squareq_fx.kernels.tiles import GEMV_MAX_ROWS
 
 __all__ = [
     "FUSED_MAX_ROWS",
@@ -34,9 +35,6 @@ __all__ = [
     "run_int8_matmul",
     "run_quantize_rows",
 ]
-
-GEMV_MAX_ROWS = 2
-"""Rows of x up to which the product is one of memory alone (`int8_gemv`)."""
 
 FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: GEMV_MAX_ROWS}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
@@ -91,7 +89,7 @@ def run_int8_linear(
         return _dequantized(x, qweight, scale, zero_point, bias)
     if x.shape[:-1].numel() <= GEMV_MAX_ROWS:
         return _triton_module("int8_gemv").launch(x, qweight, scale, zero_point, bias)
-    return _triton_module("int8_linear").int8_linear(x, qweight, scale, zero_point, bias)
+    return _triton_module("int8_linear").launch(x, qweight, scale, zero_point, bias)
 
 
 def int8_linear_parts(

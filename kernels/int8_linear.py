@@ -16,7 +16,7 @@ from squareq_fx.kernels.counters import COUNTERS, counters
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
 from squareq_fx.kernels.tiles import FusedTile, tile_for
 
-__all__ = ["int8_linear"]
+__all__ = ["int8_linear", "launch"]
 
 
 @triton.jit(do_not_specialize=["M", "split"])
@@ -142,6 +142,18 @@ def int8_linear(
         TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it.
     """
     check_linear(x, qweight, scale, zero_point, bias)
+    return launch(x, qweight, scale, zero_point, bias, tile)
+
+
+def launch(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    tile: FusedTile | None = None,
+) -> torch.Tensor:
+    """`int8_linear` of arguments that were checked already."""
     in_features, out_features = x.shape[-1], qweight.shape[0]
     rows = x.shape[:-1].numel()
     y = torch.empty((*x.shape[:-1], out_features), dtype=stored_dtype(x.dtype, INTERPRETED), device=x.device)

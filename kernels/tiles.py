@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CHOSEN", "FusedTile", "Key", "MatmulTile", "candidates", "key", "row_bucket", "tile_for"]
+__all__ = ["CHOSEN", "GEMV_MAX_ROWS", "FusedTile", "Key", "MatmulTile", "candidates", "key", "row_bucket", "tile_for"]
+
+
+GEMV_MAX_ROWS = 2
+"""Rows of x up to which `int8_gemv` was faster than the fused kernel on an H200: the product is one of memory alone."""
 
 
 class FusedTile(NamedTuple):
@@ -113,7 +117,7 @@ def tile_for(
     kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> FusedTile | MatmulTile:
     """The tile of one launch: the measured one, else a rule of thumb's."""
-    found = CHOSEN.get((kernel, dtype, row_bucket(rows), width, depth))
+    found = CHOSEN.get(key(kernel, rows, width, depth, dtype))
     return found if found is not None else _guess(kernel, row_bucket(rows), width, depth, dtype, device)
 
 

@@ -12,6 +12,7 @@ from squareq_fx import ops
 from squareq_fx.ir import functions
 from squareq_fx.kernels import tiles
 from squareq_fx.kernels.tiles import FusedTile, MatmulTile, row_bucket
+from squareq_fx.kernels.trial import trial
 from squareq_fx.progress import count_bar
 from squareq_fx.timings import Shape, Table, Timing, microseconds
 
@@ -181,9 +182,9 @@ def _tiles(shape: Shape, device: torch.device) -> tuple[FusedTile | MatmulTile, 
 
 
 def _is_tiled(shape: Shape) -> bool:
-    from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS
+    from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS, GEMV_MAX_ROWS
 
-    return shape.kernel != "int8_linear" or shape.rows <= FUSED_MAX_ROWS[_dtype(shape)]
+    return shape.kernel != "int8_linear" or GEMV_MAX_ROWS < shape.rows <= FUSED_MAX_ROWS[_dtype(shape)]
 
 
 def _known_tile(shape: Shape, timing: Timing, device: torch.device) -> FusedTile | MatmulTile | None:
@@ -201,15 +202,8 @@ def _dtype(shape: Shape) -> torch.dtype:
 def _tile_microseconds(shape: Shape, tile: Any, device: torch.device) -> float:
     from triton.runtime.errors import OutOfResources
 
-    from squareq_fx.kernels.int8_linear import int8_linear
-    from squareq_fx.kernels.int8_matmul import int8_matmul
-
-    dtype = _dtype(shape)
-    x, weights = _operands(shape.rows, shape.width, shape.inner, dtype, device)
+    run = trial(shape.kernel, shape.rows, shape.width, shape.inner, _dtype(shape), device)
     try:
-        if shape.kernel == "int8_linear":
-            return microseconds(lambda: int8_linear(x, *weights, tile=tile), device)
-        xq, sx = ops.quantize_rows(x)
-        return microseconds(lambda: int8_matmul(xq, sx, *weights, dtype, tile=tile), device)
+        return microseconds(lambda: run(tile), device)
     except OutOfResources:
         return float("inf")
