@@ -84,7 +84,7 @@ def compile(
         keep_resident: segments that are never evicted.
         backend: how the blocks run. "eager": operation by operation. "inductor": each unique function of the graph compiled by
             TorchInductor, here and once for all sizes; a second process finds the programs in Inductor's cache. "cudagraph":
-            the same, and what a whole forward launches is recorded and replayed; training steps are not recorded.
+            the same, and what a whole forward or backward launches is recorded and replayed.
         slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
         block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
         observe: called after each stage.

@@ -41,7 +41,7 @@ class Lowering:
 
     Args:
         backend: "eager" runs the graph's operations one by one; "inductor" compiles each function; "cudagraph" compiles each
-            function, and then records what a whole forward launches; training steps are not recorded.
+            function, and records what whole forwards and backwards launch.
         device: where the graphs run.
         value_of: the sizes that programs are tuned for (`inductor.compile_function`).
 
@@ -69,12 +69,8 @@ class Lowering:
 
     def __call__(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """The twin of a graph (`lowered`), with this backend."""
-        twin = self.unrecorded(gm)
+        twin = lowered(gm) if self.backend == "eager" else lowered(gm, self._function)
         return recorded(twin, recorder=self._recorder) if self.backend == "cudagraph" else twin
-
-    def unrecorded(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """The same without CUDA graphs, for the halves of a training step: recorded, these fail their tests on an H200."""
-        return lowered(gm) if self.backend == "eager" else lowered(gm, self._function)
 
     def prepare(self, graphs: Iterable[Lowered], show: Callable[[str], None]) -> None:
         """Lower now what the first calls of `graphs` would.

@@ -132,7 +132,8 @@ class CudaRecorder:
             # Other threads read weights from disk meanwhile, and may do what a recording thread may not.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                buffers = [memory_like(source) for source in sources]
+                with _unfilled():  # or a replay would fill what has been copied there
+                    buffers = [memory_like(source) for source in sources]
                 results = run(inputs, buffers)
             except BaseException:
                 self._abandon(graph)
@@ -168,6 +169,9 @@ class CudaRecorder:
             graph.capture_end()
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+        # The generator takes itself to be in a recording until that ends well; a copy of its state does not.
+        generator = torch.cuda.default_generators[self.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def memory_like(x: torch.Tensor) -> torch.Tensor:
@@ -184,8 +188,16 @@ def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
     """Fills each of `targets`, which `memory_like` made for the source, by a few kernels."""
     pairs = [(t, s) for t, s in zip(targets, sources) if s.numel()]
     if pairs:
-        pairs = [(_dense(t), _dense(s) if _is_expanded(t) else s) for t, s in pairs]
+        pairs = [(_signed(_dense(t)), _signed(_dense(s) if _is_expanded(t) else s)) for t, s in pairs]
         torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _signed(x: torch.Tensor) -> torch.Tensor:
+    """The same bytes in a type that torch's kernels know: attention keeps its seed as uint64."""
+    return x.view(_SIGNED[x.dtype]) if x.dtype in _SIGNED else x
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -208,6 +220,17 @@ def _overlaps(x: torch.Tensor) -> bool:
             return True
         span += stride * (size - 1)
     return False
+
+
+@contextlib.contextmanager
+def _unfilled() -> Iterator[None]:
+    """Fresh memory stays as it is, also where torch fills it with NaN to be deterministic."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class Training:
     ) -> None:
         self.whole = gm
         self.halves: Halves = halves(gm)
-        make = (lowering or Lowering()).unrecorded
+        make = lowering or Lowering()
         self._forward, self._backward = (Lowered(half, make=make) for half in (self.halves.forward, self.halves.backward))
         self.gradients = program(gm).gradients
         self._run = run
