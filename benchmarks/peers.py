@@ -6,9 +6,9 @@
     python benchmarks/peers.py --tiny --out /tmp/tiny              # toys on the CPU: the script itself in seconds
 
 Arms: bf16, bf16+compile, ours-w8a16, ours-w8a8, ours-auto, torchao-w8a16, torchao-w8a8, quanto, bitsandbytes, sdnq,
-comfy-kitchen; each takes the suffix +compile or +max. A package that is not installed is a note in the table. Every arm runs
-in a process of its own, and while one measures the others are stopped. Writes peers.jsonl line by line, and from what is there
-at the end peers.md and peers-PART.png. Random weights; nothing is downloaded.
+comfy-kitchen; each takes the suffix +compile or +max, ours +cudagraph. A package that is not installed is a note in the
+table. Every arm runs in a process of its own (ours of one model in one), and while one measures the others are stopped. Writes
+peers.jsonl line by line, and from what is there at the end peers.md and peers-PART.png. Random weights; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.path[:] = [entry for entry in sys.path if not entry or str(Path(entry).resol
 
 PARTS = ("layers", "models", "train")
 SLOW_SHARDS = 5  # processes over which a package that compiles long for each shape is spread
-MODEL_GIB = {"flux": 32.0, "sdxl": 16.0}  # the bf16 model, what it becomes, activations; twice that for its float32 copy
+MODEL_GIB = {"flux": 30.0, "sdxl": 9.0}  # the bf16 model, what it becomes, activations
 CARD_GIB = 130.0
 
 
@@ -41,6 +41,7 @@ def jobs_of(part: str, options: argparse.Namespace, scratch: str) -> list[Any]:
     """The processes of one part."""
     if part == "layers":
         return _layer_jobs(options)
+    arms_of = schedule.bring("peers_arms")
     jobs = []
     for model in options.models:
         common = {
@@ -51,9 +52,10 @@ def jobs_of(part: str, options: argparse.Namespace, scratch: str) -> list[Any]:
             "rank": options.rank,
             "repeats": options.repeats,
             "scratch": scratch,
+            "slabs": str(options.slabs.resolve()) if options.slabs else None,
         }
         plain = [arm for arm in options.arms if arm.partition("+")[0] == "bf16"]
-        ours = [arm for arm in options.arms if arm.startswith("ours-")]
+        ours = [arm for arm in options.arms if arms_of.is_ours(arm)]
         alone = [[arm] for arm in options.arms if arm not in plain and arm not in ours]
         for arms in (plain, ours, *alone):
             if arms:
@@ -63,9 +65,9 @@ def jobs_of(part: str, options: argparse.Namespace, scratch: str) -> list[Any]:
                         work=f"peers_models.{part}",
                         tasks=tuple(arms),
                         options=common,
-                        weight=1.0 if options.tiny else MODEL_GIB[model] * (2.0 if arms is plain else 1.0),
+                        weight=1.0 if options.tiny else MODEL_GIB[model],
                         prepare=240.0,
-                        measure=180.0 if "ours-auto" in arms else 60.0,
+                        measure=180.0 if arms is ours else 60.0,
                         environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"},
                     )
                 )
@@ -79,11 +81,11 @@ def _layer_jobs(options: argparse.Namespace) -> list[Any]:
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     jobs = [schedule.Job("layers", "peers_layers.measure_ceilings", ("ceilings",), {"tiny": options.tiny}, 0.0)]
     for arm in options.arms:
-        if arm == "ours-auto":
-            continue
+        if arms.is_ours(arm) and arm not in ("ours-w8a16", "ours-w8a8"):
+            continue  # ways to run a model
         shards = 1
         if not options.tiny:
-            shards = 2 if arm in arms.OURS else SLOW_SHARDS if arms.peer_of(arm).slow else 3 if "+" in arm else 1
+            shards = 2 if arms.is_ours(arm) else SLOW_SHARDS if arms.peer_of(arm).slow else 3 if "+" in arm else 1
         for shard in range(shards):
             jobs.append(
                 schedule.Job(
@@ -111,12 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--repeats", type=int, default=12, help="forwards or steps that are timed")
     parser.add_argument("--processes", type=int, default=24, help="layers: at most so many at a time")
+    parser.add_argument("--slabs", type=Path, help="folder to keep the slabs in, and to take them from")
     parser.add_argument("--tiny", action="store_true", help="toys on the CPU")
     options = parser.parse_args(arguments)
     arms = schedule.bring("peers_arms")
     options.arms = options.arms or list(arms.DEFAULT)
     for arm in options.arms:
-        if arm not in arms.OURS and arm.partition("+")[0] not in arms.PEERS:
+        if not arms.is_ours(arm) and arm.partition("+")[0] not in arms.PEERS:
             parser.error(f"no arm {arm!r}; there are {', '.join((*arms.OURS, *arms.PEERS))}")
     end = time.monotonic() + options.limit
     options.out.mkdir(parents=True, exist_ok=True)
@@ -131,14 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
         log({"event": "run", "arms": options.arms, **_environment(options, arguments)})
-        for part in options.only:
+        whole = [part for part in options.only if part != "layers"]  # these prepare for long, so they do it together
+        for parts in (["layers"] if "layers" in options.only else [], whole):
             started = time.monotonic()
-            capacity = options.processes if part == "layers" else CARD_GIB
-            schedule.run_jobs(jobs_of(part, options, scratch), log, end - started, 2.0 if options.tiny else capacity)
-            if part != "layers":
+            capacity = options.processes if parts == ["layers"] else CARD_GIB
+            jobs = [job for part in parts for job in jobs_of(part, options, scratch)]
+            schedule.run_jobs(jobs, log, end - started, 2.0 if options.tiny else capacity)
+            for part in parts if parts == whole else []:
                 for row in schedule.bring("peers_models").compared(part, scratch):
                     log(row)
-            log({"event": "part", "part": part, "seconds": time.monotonic() - started})
+            if parts:
+                log({"event": "parts", "parts": parts, "seconds": time.monotonic() - started})
     families = schedule.bring("peers_layers")
     shapes = families.TINY if options.tiny else families.SHAPES
     (options.out / "peers.md").write_text(report.report(entries, shapes), encoding="utf-8")

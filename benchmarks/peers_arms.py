@@ -2,7 +2,7 @@
 
 Every package is imported where it is used, in the process of its arm, and called as its documentation says. An arm's name may
 end with "+compile" (torch.compile; a diffusers model by `compile_repeated_blocks`) or "+max" (the same with mode
-"max-autotune-no-cudagraphs").
+"max-autotune-no-cudagraphs"), one of ours with "+cudagraph".
 """
 
 from __future__ import annotations
@@ -17,11 +17,24 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["DEFAULT", "OURS", "PEERS", "Peer", "add_lora", "compiled", "linear_rows", "peer_of", "raise_limits"]
+__all__ = [
+    "DEFAULT",
+    "OURS",
+    "PEERS",
+    "Peer",
+    "add_lora",
+    "compiled",
+    "is_ours",
+    "linear_rows",
+    "ours",
+    "peer_of",
+    "raise_limits",
+]
 
 _INT_MM_ROWS = 16  # torch._int_mm, which torchao's dynamic arm calls, takes more rows than this
 OURS = {"ours-w8a16": "w8a16", "ours-w8a8": "w8a8", "ours-auto": "auto"}
 """Our arms and their `compute`. One layer alone has no "auto": `compile` chooses between the two for each layer."""
+RECORDED = "+cudagraph"
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ DEFAULT = (
     "bf16",
     "bf16+compile",
     *OURS,
+    f"ours-auto{RECORDED}",
     "torchao-w8a16+compile",
     "torchao-w8a8+compile",
     "quanto",
@@ -155,6 +169,16 @@ DEFAULT = (
     "sdnq",
     "comfy-kitchen",
 )
+
+
+def is_ours(arm: str) -> bool:
+    """Whether it is one of `OURS`, with or without the suffix."""
+    return arm.removesuffix(RECORDED) in OURS
+
+
+def ours(arm: str) -> tuple[str, str]:
+    """Of one of our arms: `compute` and `backend` of a whole model."""
+    return OURS[arm.removesuffix(RECORDED)], "cudagraph" if arm.endswith(RECORDED) else "inductor"
 
 
 def peer_of(arm: str) -> Peer:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers_arms import OURS, compiled, peer_of, raise_limits
+from peers_arms import compiled, is_ours, ours, peer_of, raise_limits
 from peers_schedule import Line
 from peers_timing import Pair, ceilings, paired, quick_tuning, retune, rotating, set_count
 from torch import nn
@@ -113,8 +113,8 @@ def _tensors(shape: Shape, seed: int, tiny: bool) -> tuple[torch.Tensor, torch.T
 
 
 def _layer(arm: str, weight: torch.Tensor, bias: torch.Tensor, shape: Shape, tiny: bool) -> Layer:
-    if arm in OURS:
-        return _ours(OURS[arm], weight, bias)
+    if is_ours(arm):
+        return _ours(ours(arm)[0], weight, bias)
     n, k = weight.shape
     linear = nn.Linear(k, n, device="meta")
     linear.weight, linear.bias = (nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias))
@@ -133,7 +133,7 @@ def _ours(compute: str, weight: torch.Tensor, bias: torch.Tensor) -> Layer:
 
 
 def _version(arm: str) -> str:
-    if arm not in OURS:
+    if not is_ours(arm):
         return peer_of(arm).version()
     import squareq_fx
 

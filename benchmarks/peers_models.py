@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from peers_arms import OURS, add_lora, compiled, linear_rows, peer_of, raise_limits
+from filelock import FileLock
+from peers_arms import add_lora, compiled, is_ours, linear_rows, ours, peer_of, raise_limits
 from peers_schedule import Line, Row
 from peers_timing import quick_tuning, retune, synchronize
 from streaming import first_output
 from torch import nn
-from torch.utils import _pytree as pytree
 from training_arms import GIB, Arm, compare, held, random_values
 from training_models import Subject
 
@@ -26,7 +26,6 @@ from squareq_fx.lora import Lora
 
 __all__ = ["compared", "models", "train"]
 
-REFERENCE = "reference"
 LEAST_MEDIAN_COSINE = 0.9  # of an arm's gradients with those of bf16; int8 weights alone give more than 0.99
 
 
@@ -36,7 +35,7 @@ def models(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None
         call = subject.call()
         with line.attempt(arm=arm, model=subject.name), torch.no_grad():
             start = time.perf_counter()
-            module = _ours(line, arm, subject, options) if arm in OURS else _peer(arm, subject, call)
+            module = _ours(line, arm, subject, options) if is_ours(arm) else _peer(arm, subject, call)
             for _ in range(2):
                 output = first_output(module, call)
             synchronize()
@@ -46,8 +45,6 @@ def models(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None
                 times, peak = _times(lambda module=module, call=call: first_output(module, call), options["repeats"])
             torch.save(output.float().cpu(), _file(options, "models", subject.name, arm))
             line.say(arm=arm, model=subject.name, **_summary(times), peak_gib=peak, prepare_s=prepared)
-            if arm == "bf16":
-                torch.save(_in_float32(module, call), _file(options, "models", subject.name, REFERENCE))
             _shut_down(module)
         module = output = None
 
@@ -60,8 +57,8 @@ def train(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None:
             lora = Lora(rank=options["rank"], alpha=options["rank"], targets="attention")
             start = time.perf_counter()
             before = held(subject.device)
-            module = _ours(line, name, subject, options, lora=lora) if name in OURS else _peer(name, subject, call, lora)
-            arm = Arm(name, module, call, subject.target(call), before, is_peer=name not in OURS)
+            module = _ours(line, name, subject, options, lora=lora) if is_ours(name) else _peer(name, subject, call, lora)
+            arm = Arm(name, module, call, subject.target(call), before, is_peer=not is_ours(name))
             loss, gradients = arm.gradients(random_values(arm.adapters))
             torch.save((sorted(arm.adapters), gradients), _file(options, "train", subject.name, name))
             arm.step()
@@ -80,19 +77,19 @@ def train(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None:
 
 
 def compared(part: str, scratch: str) -> list[Row]:
-    """Rows that say how near each arm's output or gradients are, from the files the arms wrote."""
+    """Rows that say how near each arm's output or gradients are to those of bf16, from the files the arms wrote."""
     rows = []
     for file in sorted(Path(scratch).glob(f"{part}-*.pt")):
         _, model, name = file.stem.split("~")
-        reference = file.with_name(f"{part}-~{model}~{REFERENCE if part == 'models' else 'bf16'}.pt")
-        if name == REFERENCE or not reference.exists():
+        reference = file.with_name(f"{part}-~{model}~bf16.pt")
+        if not reference.exists():
             continue
-        ours, theirs = torch.load(file), torch.load(reference)
+        found, wanted = torch.load(file), torch.load(reference)
         row: Row = {"event": "compared", "part": part, "model": model, "arm": name}
         if part == "models":
-            row["l2"] = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+            row["cosine"] = float(torch.cosine_similarity(found.double().flatten(), wanted.double().flatten(), 0))
         else:
-            row |= _gradients(*ours, theirs[1])
+            row |= _gradients(*found, wanted[1])
         rows.append(row)
     return rows
 
@@ -117,7 +114,7 @@ def _begin(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> Iter
         gc.collect()
         held(subject.device)
         with line.attempt(arm=arm, model=subject.name):
-            version = squareq_fx.__version__ if arm in OURS else peer_of(arm).version()
+            version = squareq_fx.__version__ if is_ours(arm) else peer_of(arm).version()
             line.say(event="arm", arm=arm, model=subject.name, version=version)
             yield arm, subject
 
@@ -141,17 +138,24 @@ def _peer(arm: str, subject: Subject, call: Mapping[str, Any], lora: Lora | None
 
 
 def _ours(line: Line, arm: str, subject: Subject, options: Mapping[str, Any], **how: Any) -> squareq_fx.CompiledModule:
-    path = Path(options["scratch"]) / f"slab-{subject.name}"
-    if path.with_suffix(".safetensors").exists():
-        slab = squareq_fx.open_slab(path)
-    else:
-        slab = squareq_fx.build_slab(subject.random(), path, progress=False)
+    slab = _slab(subject, Path(options["slabs"] or options["scratch"]))
     held(subject.device)
+    compute, backend = ours(arm)
+    kind: dict[str, Any] = {"compute": compute, "backing": "resident", "progress": False}
     if not subject.tiny:
-        how["backend"] = "inductor"
-    kind: dict[str, Any] = {"compute": OURS[arm], "backing": "resident", "progress": False}
-    with line.alone() if arm == "ours-auto" else contextlib.nullcontext():  # it times the layers to decide
+        kind["backend"] = backend
+    with line.alone() if compute == "auto" else contextlib.nullcontext():  # it times the layers to decide
         return squareq_fx.compile(subject.on_meta(), slab, device=subject.device, **kind, **how)
+
+
+def _slab(subject: Subject, folder: Path) -> squareq_fx.Slab:
+    """The model's, built by the first process that asks; others wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"slab-{subject.name}"
+    with FileLock(f"{path}.lock"):
+        if path.with_suffix(".safetensors").exists():
+            return squareq_fx.open_slab(path)
+        return squareq_fx.build_slab(subject.random(), path, progress=False)
 
 
 def _shut_down(module: Any) -> None:
@@ -189,13 +193,6 @@ def _summary(times: Sequence[float]) -> Row:
         "high": ranked[len(ranked) - 1 - len(ranked) // 10],
         "count": len(ranked),
     }
-
-
-def _in_float32(model: Any, call: Mapping[str, Any]) -> torch.Tensor:
-    """The output of the same weights and inputs in float32, without TF32."""
-    torch.backends.cudnn.allow_tf32 = False
-    call = pytree.tree_map(lambda t: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, dict(call))
-    return first_output(model.float(), call).cpu()
 
 
 def _file(options: Mapping[str, Any], part: str, model: str, name: str) -> Path:

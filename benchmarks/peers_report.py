@@ -101,11 +101,11 @@ def _models(entries: Sequence[Entry]) -> list[str]:
     for arm in _arms(entries):
         if arm in timed:
             e = timed[arm]
-            error = f"{compared[arm]['l2']:.2e}" if arm in compared else "-"
-            rows.append([arm, _span(e), _times(base, e["ms"]), error, _gib(e["peak_gib"]), f"{e['prepare_s']:.0f}"])
+            cosine = f"{compared[arm]['cosine']:.5f}" if arm in compared else "-"
+            rows.append([arm, _span(e), _times(base, e["ms"]), cosine, _gib(e["peak_gib"]), f"{e['prepare_s']:.0f}"])
         else:
             rows.append([arm, missing.get(arm, "-"), "-", "-", "-", "-"])
-    header = ("arm", "forward ms (10 to 90 %)", "times as fast as bf16 eager", "relative L2 to float32", "peak GiB")
+    header = ("arm", "forward ms (10 to 90 %)", "times as fast as bf16 eager", "cosine to bf16", "peak GiB")
     return _table((*header, "prepared in s"), rows)
 
 

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_linear
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
-from squareq_fx.kernels.tiles import GEMV_MAX_ROWS
 
 __all__ = ["int8_gemv", "launch"]
 
@@ -89,7 +88,7 @@ def int8_gemv(
     """(x @ q^T - zero_point * rowsum(x)) * scale + bias in float32, rounded once to x's dtype, for one or two rows.
 
     Args:
-        x: [..., in] bf16, fp16 or fp32 with at most `GEMV_MAX_ROWS` rows; qweight: [out, K' >= in] int8; scale, zero_point:
+        x: [..., in] bf16, fp16 or fp32 with one row or two; qweight: [out, K' >= in] int8; scale, zero_point:
             [out] float32; bias: [out] float32 or None.
     Returns:
         [..., out] in x's dtype, a function of the inputs alone, bit for bit.
@@ -97,8 +96,8 @@ def int8_gemv(
         TypeError, ValueError: an argument's dtype, shape or device is wrong, naming it; or x has more rows.
     """
     check_linear(x, qweight, scale, zero_point, bias)
-    if x.shape[:-1].numel() > GEMV_MAX_ROWS:
-        raise ValueError(f"x has {x.shape[:-1].numel()} rows, int8_gemv takes at most {GEMV_MAX_ROWS}; use int8_linear")
+    if x.shape[:-1].numel() > max(_TILES):
+        raise ValueError(f"x has {x.shape[:-1].numel()} rows, int8_gemv takes at most {max(_TILES)}; use int8_linear")
     return launch(x, qweight, scale, zero_point, bias)
 
 

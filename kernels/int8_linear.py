@@ -62,10 +62,9 @@ def _int8_linear(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    # Rows of x past the end are not read: all of row 0's, by every program, they would wait for one slice of L2. A row of
-    # weights past the end reads row 0 and is not stored, which keeps its mask out of the loop.
-    real = (offs_m < M)[None, :]
-    rows_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
+    # A row past the end reads another and is not stored, which keeps row masks out of the loop. In x it is not always the same
+    # one: of four rows, every program would ask thirteen times for the bytes of row 0, from one slice of L2.
+    rows_m = (offs_m % M).to(tl.int64)
     rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
     x_tile = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None]
     q_tile = q_ptr + rows_n[:, None] * stride_qn + offs_k[None, :]
@@ -75,10 +74,10 @@ def _int8_linear(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(begin, end, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_tile + k, mask=real, other=0.0)
+            x = tl.load(x_tile + k)
             q = tl.load(q_tile + k)
         else:
-            x = tl.load(x_tile + k, mask=real & (offs_k[:, None] < K - k), other=0.0)
+            x = tl.load(x_tile + k, mask=offs_k[:, None] < K - k, other=0.0)
             q = tl.load(q_tile + k, mask=offs_k[None, :] < packed_k - k, other=0)
         if WIDEN:
             x = x.to(tl.float32)

@@ -77,10 +77,10 @@ INTERPRETED = is_interpreted(_quantize_rows)
 
 
 def tile_for(columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program for rows of that many columns: the best of four to eight each on an H200."""
+    """(rows, columns, warps) of one program for rows of that many columns: the best of four to ten each on an H200."""
     width = max(16, triton.next_power_of_2(columns))
     height = max(1, 1024 // width)
-    return height, width, 2 if width <= 4096 else 4 if width <= 8192 else 8
+    return height, width, 1 if width <= 1024 else 2 if width <= 4096 else 4
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,8 @@ import torch
 __all__ = ["CHOSEN", "GEMV_MAX_ROWS", "FusedTile", "Key", "MatmulTile", "candidates", "key", "row_bucket", "tile_for"]
 
 
-GEMV_MAX_ROWS = 2
-"""Rows of x up to which `int8_gemv` was faster than the fused kernel on an H200: the product is one of memory alone."""
+GEMV_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
+"""Rows of x up to which `int8_gemv` was faster on an H200 than the fused kernel, which has no matrix units for float32."""
 
 
 class FusedTile(NamedTuple):

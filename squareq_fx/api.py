@@ -6,23 +6,25 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from squareq_fx.auto import decisions_for, tune_kernels, usual_sizes
 from squareq_fx.backends import Backend, check_backend
+from squareq_fx.cached_graphs import CachedGraphs
 from squareq_fx.capture import capture
 from squareq_fx.compute import ERROR_BUDGET, Compute, Decisions
 from squareq_fx.emit import CompiledModule, emit
 from squareq_fx.errors import SquareQError
-from squareq_fx.ir import Stage, program
+from squareq_fx.ir import Stage
 from squareq_fx.kernels.arguments import COMPUTES
 from squareq_fx.lora import Lora
 from squareq_fx.passes import Quantize, Save, default_passes
-from squareq_fx.pipeline import Pass, run
-from squareq_fx.program_cache import ProgramCache, program_key
+from squareq_fx.pipeline import Pass
+from squareq_fx.program_cache import ProgramCache
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab import Slab, open_slab
 from squareq_fx.weights import check_same_model, check_same_weights
@@ -110,7 +112,7 @@ def compile(
     check_same_model(model, opened)
     check_same_weights(model, opened)
     how, auto, keep = _chosen(compute), compute == "auto", tuple(keep)
-    kept = ProgramCache.of(cache) if passes is None else None
+    programs = ProgramCache.of(cache) if passes is None else None
     if passes is None:
         passes = default_passes(
             opened, compute=how, keep=keep, lora=lora, save=save, inputs=inputs, slots=slots, distance=distance, budget=budget
@@ -118,33 +120,19 @@ def compile(
     elif compute != "w8a16" or keep:
         raise SquareQError("compute and keep are options of the default passes; give your own Quantize(slab, compute, keep)")
     passes = tuple(passes)
-    traced_as: dict[str, Any] = {"example_inputs": example_inputs, "device": device, "block_pattern": block_pattern}
-
-    def graph_after(chain: tuple[Pass, ...], end: str | None, start: fx.GraphModule | None = None) -> fx.GraphModule:
-        """The graph after these passes, from the cache if it is there."""
-        seen = len(program(start).history) if start is not None else 0
-        with _status(type(model).__name__, progress) as show_stage:
-
-            def on_stage(stage: Stage) -> None:
-                show_stage(f"{stage.name} done in {stage.seconds:.1f} s")
-                if observe is not None:
-                    observe(stage)
-
-            def make() -> fx.GraphModule:
-                show_stage("capturing; half a minute for the largest models")
-                captured = start if start is not None else capture(model, slab=opened, **traced_as)
-                return run(captured, chain, until=end, observe=on_stage)
-
-            if kept is None:
-                return make()
-            found, was_kept = kept.get(lambda: program_key(model, opened, chain, until=end, **traced_as), model, make)
-            for stage in program(found).history[seen:] if was_kept else ():
-                on_stage(stage)
-            return found
-
+    status = partial(_status, type(model).__name__, progress)
+    graphs = CachedGraphs(
+        model,
+        opened,
+        capture=capture,
+        traced_as={"example_inputs": example_inputs, "device": device, "block_pattern": block_pattern},
+        cache=programs,
+        status=status,
+        observe=observe,
+    )
     captured = None
     if auto:
-        captured = graph_after((), "capture")
+        captured = graphs.after((), until="capture")
         decisions = decisions_for(
             captured,
             model,
@@ -156,10 +144,10 @@ def compile(
             progress=progress,
         )
         passes = tuple(replace(p, compute=decisions) if isinstance(p, Quantize) else p for p in passes)
-    graph = graph_after(passes, until, captured)
+    graph = graphs.after(passes, until, captured)
     tune_kernels(graph, model, opened, example_inputs=example_inputs, measure=tune or auto, progress=progress)
     value_of = None if backend == "eager" else usual_sizes(graph, model, opened, example_inputs=example_inputs)
-    with _status(type(model).__name__, progress) as show_stage:
+    with status() as show:
         return emit(
             graph,
             model,
@@ -167,7 +155,7 @@ def compile(
             backing=backing,
             keep_resident=keep_resident,
             backend=backend,
-            show=show_stage,
+            show=show,
             value_of=value_of,
         )
 
@@ -192,5 +180,3 @@ def _status(name: str, progress: bool) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True, quiet=not progress)
     with console.status(f"compiling {name}") as status:
         yield lambda text: status.update(f"compiling {name}: {text}")
-
-

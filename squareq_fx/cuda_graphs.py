@@ -225,12 +225,12 @@ def _overlaps(x: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def _unfilled() -> Iterator[None]:
     """Fresh memory stays as it is, also where torch fills it with NaN to be deterministic."""
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
 
 
 @contextlib.contextmanager

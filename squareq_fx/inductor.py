@@ -163,15 +163,20 @@ class _Program:
 
 def _options() -> dict[str, Any]:
     """Settings of Inductor for all that is compiled here; they are part of its cache's key."""
-    settings = {"emulate_precision_casts": True}  # 16-bit values between fused operations round, as the model's code has it
+    # 16-bit values between fused operations round, as the model's code has it.
+    settings: dict[str, Any] = {"emulate_precision_casts": True}
     if torch.__version__ < TorchVersion("2.13"):
         # Its analysis compares sizes as written, b*(t1 + t2) with b*t1 + b*t2, and dies on an assertion where they differ.
         settings["triton.coalesce_tiling_analysis"] = False
+    settings |= {"size_asserts": False, "alignment_asserts": False}  # types were checked after every pass
     return {"config_patches": settings}
 
 
 def _compiled(body: fx.Graph, world: Fresh) -> Callable[..., Any]:
     from torch._inductor import standalone_compile
+    from torch._inductor.virtualized import V
+
+    from squareq_fx.inductor_choices import RowsInRegisters  # late: loads Inductor
 
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -184,11 +189,25 @@ def _compiled(body: fx.Graph, world: Fresh) -> Callable[..., Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(_device(world.values).type, enabled=False))
+        stack.enter_context(V.set_choices_handler(RowsInRegisters()))
+        stack.enter_context(_without_range_warnings())
         stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(world.mode)))
         inputs = [*world.sizes, *world.values]
         artifact = standalone_compile(gm, inputs, dynamic_shapes="from_tracing_context", options=_options())
     # The artifact also holds its own serialised form, which Inductor's cache has already.
     return getattr(artifact, "_compiled_fn", artifact)
+
+
+@contextlib.contextmanager
+def _without_range_warnings() -> Iterator[None]:
+    """torch reports each size whose bounds it cannot work out, hundreds of lines for a UNet, and goes on without them."""
+    logger = logging.getLogger("torch.utils._sympy.interp")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _device(values: Sequence[Any]) -> torch.device:

@@ -184,7 +184,7 @@ def _tiles(shape: Shape, device: torch.device) -> tuple[FusedTile | MatmulTile, 
 def _is_tiled(shape: Shape) -> bool:
     from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS, GEMV_MAX_ROWS
 
-    return shape.kernel != "int8_linear" or GEMV_MAX_ROWS < shape.rows <= FUSED_MAX_ROWS[_dtype(shape)]
+    return shape.kernel != "int8_linear" or GEMV_MAX_ROWS[_dtype(shape)] < shape.rows <= FUSED_MAX_ROWS[_dtype(shape)]
 
 
 def _known_tile(shape: Shape, timing: Timing, device: torch.device) -> FusedTile | MatmulTile | None:

@@ -33,13 +33,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),
         *("activity", "vjp", "pullback", "halves", "loss"),
-        *("lowering", "symbols", "decompositions", "inductor", "pieces", "cuda_graphs", "replay", "recording", "backends"),
+        *("lowering", "symbols", "decompositions", "inductor", "inductor_choices", "pieces", "cuda_graphs", "replay", "recording", "backends"),
         *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
         *("runtime", "weights", "binding", "calibration", "timings", "tuning", "stored", "program_cache"),
     ),
     ("pipeline",),
     ("passes",),
-    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "api", "demo", "cli", ""),
+    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "cached_graphs", "api", "demo", "cli", ""),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 

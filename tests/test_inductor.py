@@ -522,3 +522,36 @@ def test_a_second_process_finds_the_programs(compiled: CompiledModule) -> None:
     first = sum(c.seconds for c in compiled.lowering.compilations)
     print(f"{len(FUNCTIONS)} functions: {first:.1f} s compiled, {seconds:.1f} s from the cache")
     assert counted == {"fxgraph_cache_hit": len(FUNCTIONS), "fxgraph_cache_miss": 0}
+
+
+@pytest.mark.parametrize(
+    ("hint", "width", "expected"),
+    [
+        ("INNER", 3072, True),
+        ("DEFAULT", 15360, True),  # behind a `cat`
+        ("DEFAULT", 128, None),
+        ("INNER", 16385, None),
+        ("OUTER", 3072, None),
+        ("INNER", "s0", None),
+    ],
+)
+def test_long_rows_of_known_width_are_reduced_in_registers(
+    hint: str, width: Any, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: what Inductor's own rule says, whichever that is."""
+    import sympy
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+
+    from squareq_fx.inductor_choices import RowsInRegisters
+
+    class Features:
+        reduction_numel = sympy.sympify(width)
+
+        def get_reduction_hint(self) -> ReductionHint:
+            return ReductionHint[hint]
+
+    for usual in (False, True):
+        monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", staticmethod(lambda *a, usual=usual: usual))
+        assert RowsInRegisters.should_use_persistent_reduction(Features(), False) is (usual if expected is None else expected)
+        assert RowsInRegisters.should_use_persistent_reduction(Features(), True) is usual

@@ -472,3 +472,12 @@ def test_a_copy_has_the_values_and_strides_of_any_tensor(data: st.DataObject) ->
     assert torch.equal(copy, x) and copy.dtype == x.dtype
     assert copy.stride() == x.stride() or copy.is_contiguous()
     assert x.numel() == 0 or copy.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_types_without_arithmetic_are_copied_too(dtype: torch.dtype) -> None:
+    """Attention keeps its seed as uint64, of which torch has no copy of several tensors at once on CUDA."""
+    source = torch.tensor([0, 1, 2**15 + 3], dtype=torch.int64).to(dtype)
+    target = memory_like(source)
+    copy_into([target], [source])
+    assert target.dtype == dtype and target.tolist() == source.tolist()

@@ -41,6 +41,8 @@ def _out_of_autograds_sight(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)  # two contexts cost as much as what they are put around
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 

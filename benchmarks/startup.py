@@ -1,0 +1,222 @@
+"""From the start of a Python process to the first output of a compiled model: with empty caches, and with what that left.
+
+    python benchmarks/startup.py --model flux                      # Flux.1-dev at 1024x1024; --model sdxl
+    python benchmarks/startup.py --model flux --slab slabs/flux --backend cudagraph
+    python benchmarks/startup.py --tiny --out /tmp/tiny            # a toy on the CPU: the script itself in a minute
+
+Needs one CUDA card; without --slab also the bf16 model's size on it, and the slab's on disk. A slab with random weights is
+built first, by a process whose time does not count. Then three processes run one after the other, each as a user's would: it
+imports, opens the slab, makes the model without weights, compiles, and brings the first output to the host. They share one
+temporary folder of caches (this package's, Inductor's, Triton's), which the first, "cold", finds empty. Writes startup.json and
+startup.md; exits with 1 if a process failed, with its error on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = str(Path(__file__).resolve().parent)
+sys.path.insert(0, HERE)
+schedule = importlib.import_module("peers_schedule")
+sys.path[:] = [entry for entry in sys.path if not entry or str(Path(entry).resolve()) != HERE]
+
+Row = dict[str, Any]
+RUNS = ("cold", "warm 1", "warm 2")
+STAGES = {"imports": "imports", "model": "slab opened, model on meta", "compile": "compile", "first_output": "first call"}
+TARGET = 10.0  # seconds to the first output from a warm cache
+CLASSES = {"flux": "FluxTransformer2DModel", "sdxl": "UNet2DConditionModel"}
+_COLUMNS = ("run", *STAGES.values(), "first output after", "second call", "Inductor programs", "of them from its cache")
+_PASSED = ("model", "compute", "backend", "size", "batch")
+SLAB_SUFFIXES = (".safetensors", ".manifest.json")
+
+
+def build(options: argparse.Namespace) -> None:
+    """A process of its own: the slab that the others read."""
+    import squareq_fx
+
+    subject = _subject(options)
+    squareq_fx.build_slab(subject.random(), options.slab, progress=False).close()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """A process of its own: everything up to the first output, then a second call; prints the row as JSON."""
+    timeline: dict[str, float] = {}
+
+    def done(stage: str) -> None:
+        timeline[stage] = time.time() - options.started
+        _say(f"{STAGES[stage]}: done after {timeline[stage]:.2f} s")
+
+    import diffusers
+    import torch
+
+    import squareq_fx
+
+    subject = _subject(options)
+    getattr(diffusers, CLASSES[options.model])  # diffusers imports a class when it is first asked for it
+    done("imports")
+    slab, model = squareq_fx.open_slab(options.slab), subject.on_meta()
+    done("model")
+    how: Row = {"compute": options.compute, "backend": options.backend, "backing": "resident", "progress": False}
+    module = squareq_fx.compile(model, slab, device=subject.device, **how)
+    done("compile")
+    with torch.no_grad():
+        call = subject.call()
+        output = module(**call, return_dict=False)[0].cpu()
+        done("first_output")
+        start = time.perf_counter()
+        module(**call, return_dict=False)[0].cpu()
+        second = time.perf_counter() - start
+    if not output.isfinite().all():
+        raise SystemExit("the first output is not finite")
+    from torch._dynamo.utils import counters
+
+    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    row: Row = {"timeline": timeline, "second_call": second, "compilations": len(module.lowering.compilations), "cache": found}
+    module.shutdown()
+    print(json.dumps(row | {"device": _device(torch), "versions": _versions(squareq_fx.__version__)}), flush=True)
+
+
+def _subject(options: argparse.Namespace) -> Any:
+    subject = schedule.bring("training_models").Subject(options.model, options.tiny, options.size, options.batch)
+    if not options.tiny and not importlib.import_module("torch").cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device; --tiny runs without")
+    return subject
+
+
+def _device(torch: Any) -> str:
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread(s)"
+
+
+def _versions(ours: str) -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for package in ("torch", "triton", "diffusers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"squareq_fx": ours}
+
+
+def report(setting: Row, rows: Sequence[Row]) -> str:
+    """The page in Markdown."""
+    size = "a toy" if setting["tiny"] else f"full size, {setting['size']}x{setting['size']} pixels, random weights"
+    slab = "was there before; the first run may read it from the disk" if setting["slab_given"] else "was built right before"
+    lines = [
+        "# From the start of the process to the first output",
+        "",
+        f"Command: `{setting['command']}`, {setting['date']}.",
+        f"Hardware: {rows[0]['device']}. Versions: {', '.join(f'{k} {v}' for k, v in rows[0]['versions'].items())}.",
+        f"{setting['model']}, {size}, batch {setting['batch']}; {setting['compute']}, {setting['backend']}, weights resident.",
+        "",
+        "Seconds; each run is a process of its own. `cold` finds every cache empty (this package's, Inductor's, Triton's), the",
+        "others find what it left. The first call makes its inputs too, and ends with the output on the host; the column after",
+        f"it counts from the start of the process. The slab {slab}.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
+    ]
+    for row in rows:
+        times = list(row["timeline"].values())
+        cells = [row["run"], *(f"{b - a:.2f}" for a, b in pairwise([0.0, *times])), f"{times[-1]:.2f}"]
+        cells += [f"{row['second_call']:.3f}", str(row["compilations"]), str(row["cache"]["hit"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    warm = [f"{row['run']} {_verdict(row['timeline']['first_output'])}" for row in rows if row["run"] != RUNS[0]]
+    target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."
+    return "\n".join([*lines, "", target]) + "\n"
+
+
+def _verdict(seconds: float) -> str:
+    return f"{'met' if seconds <= TARGET else 'missed'} by {abs(TARGET - seconds):.2f} s"
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _run(kind: str, options: argparse.Namespace, slab: Path, end: float, environment: dict[str, str]) -> str:
+    """The last line that a child printed. Its standard error is ours."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--slab", str(slab)]
+    for name in _PASSED:
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--tiny"] if options.tiny else []
+    left = max(0.1, end - time.monotonic())
+    started = ["--started", repr(time.time())]
+    done = subprocess.run([*command, *started], env=environment, stdout=subprocess.PIPE, text=True, timeout=left)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}the process ended with exit status {done.returncode}; its error is above")
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(CLASSES), default="flux")
+    parser.add_argument("--compute", choices=("w8a16", "w8a8", "auto"), default="w8a8")
+    parser.add_argument("--backend", choices=("inductor", "cudagraph", "eager"), default="inductor")
+    parser.add_argument("--slab", type=Path, help="a slab of this model, without extension; default: one is built")
+    parser.add_argument("--size", type=int, default=1024, help="pixels a side; a toy's are its own")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--tiny", action="store_true", help="a toy on the CPU")
+    parser.add_argument("--child", choices=("build", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        (build if options.child == "build" else measure)(options)
+        return 0
+    absent = [f"{options.slab}{suffix}" for suffix in SLAB_SUFFIXES if not Path(f"{options.slab}{suffix}").is_file()]
+    if options.slab and absent:
+        parser.error(f"--slab: there is no {' and no '.join(absent)}; give the path without extension")
+    setting: Row = {name: getattr(options, name) for name in _PASSED} | {"tiny": options.tiny, "slab_given": bool(options.slab)}
+    chosen = [f"--{name} {setting[name]}" for name in _PASSED[1:] if setting[name] != parser.get_default(name)]
+    command = ["python benchmarks/startup.py", f"--model {options.model}", *chosen]
+    command += ["--tiny"] * setting["tiny"] + ["--slab SLAB"] * setting["slab_given"]
+    setting |= {"command": " ".join(command), "date": date.today().isoformat()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    end, rows = time.monotonic() + options.limit, []
+    with tempfile.TemporaryDirectory(prefix="startup_") as temporary:
+        slab = Path(temporary) / "slab"
+        caches = {"SQUAREQ_CACHE_DIR": "squareq_fx", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        environment = {name: value for name, value in os.environ.items() if name != "SQUAREQ_CACHE"}
+        environment |= {name: str(Path(temporary) / folder) for name, folder in caches.items()}
+        doing = "building the slab"
+        try:
+            if options.slab is None:
+                print(f"{options.model}: {doing}", file=sys.stderr, flush=True)
+                _run("build", options, slab, end, environment)
+            for suffix in SLAB_SUFFIXES if options.slab else ():  # here, because compute="auto" writes its decisions beside it
+                Path(f"{slab}{suffix}").symlink_to(Path(f"{options.slab}{suffix}").resolve())
+            for doing in RUNS:
+                print(f"{options.model}: {doing}", file=sys.stderr, flush=True)
+                rows.append({"run": doing, **json.loads(_run("measure", options, slab, end, environment))})
+                (options.out / "startup.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+                (options.out / "startup.md").write_text(report(setting, rows))
+        except subprocess.TimeoutExpired:
+            print(f"{doing}: the limit of {options.limit:g} s was reached", file=sys.stderr)
+            return 1
+        except SystemExit as error:
+            print(f"{doing}: {error}", file=sys.stderr)
+            return 1
+    print(report(setting, rows), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
