@@ -2,7 +2,7 @@
 
 Every package is imported where it is used, in the process of its arm, and called as its documentation says. An arm's name may
 end with "+compile" (torch.compile; a diffusers model by `compile_repeated_blocks`) or "+max" (the same with mode
-"max-autotune-no-cudagraphs"), one of ours with "+cudagraph".
+"max-autotune-no-cudagraphs"), one of ours with "+cudagraph", or with "+streamed": recorded too, the weights in host memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
 _INT_MM_ROWS = 16  # torch._int_mm, which torchao's dynamic arm calls, takes more rows than this
 OURS = {"ours-w8a16": "w8a16", "ours-w8a8": "w8a8", "ours-auto": "auto"}
 """Our arms and their `compute`. One layer alone has no "auto": `compile` chooses between the two for each layer."""
-RECORDED = "+cudagraph"
+_HOW = {"": ("inductor", "resident"), "cudagraph": ("cudagraph", "resident"), "streamed": ("cudagraph", "host")}
+"""Suffix of our arms: `backend` and `backing`."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ DEFAULT = (
     "bf16",
     "bf16+compile",
     *OURS,
-    f"ours-auto{RECORDED}",
+    "ours-auto+cudagraph",
+    "ours-auto+streamed",
     "torchao-w8a16+compile",
     "torchao-w8a8+compile",
     "quanto",
@@ -172,13 +174,16 @@ DEFAULT = (
 
 
 def is_ours(arm: str) -> bool:
-    """Whether it is one of `OURS`, with or without the suffix."""
-    return arm.removesuffix(RECORDED) in OURS
+    """Whether it is one of `OURS`, with or without a suffix."""
+    name, _, how = arm.partition("+")
+    return name in OURS and how in _HOW
 
 
-def ours(arm: str) -> tuple[str, str]:
-    """Of one of our arms: `compute` and `backend` of a whole model."""
-    return OURS[arm.removesuffix(RECORDED)], "cudagraph" if arm.endswith(RECORDED) else "inductor"
+def ours(arm: str) -> dict[str, str]:
+    """Of one of our arms: `compute`, `backend` and `backing` of a whole model."""
+    name, _, how = arm.partition("+")
+    backend, backing = _HOW[how]
+    return {"compute": OURS[name], "backend": backend, "backing": backing}
 
 
 def peer_of(arm: str) -> Peer:

@@ -114,7 +114,7 @@ def _tensors(shape: Shape, seed: int, tiny: bool) -> tuple[torch.Tensor, torch.T
 
 def _layer(arm: str, weight: torch.Tensor, bias: torch.Tensor, shape: Shape, tiny: bool) -> Layer:
     if is_ours(arm):
-        return _ours(ours(arm)[0], weight, bias)
+        return _ours(ours(arm)["compute"], weight, bias)
     n, k = weight.shape
     linear = nn.Linear(k, n, device="meta")
     linear.weight, linear.bias = (nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
@@ -22,6 +21,8 @@ from training_arms import GIB, Arm, compare, held, random_values
 from training_models import Subject
 
 import squareq_fx
+from squareq_fx.auto import decisions_for
+from squareq_fx.compute import ERROR_BUDGET
 from squareq_fx.lora import Lora
 
 __all__ = ["compared", "models", "train"]
@@ -140,12 +141,15 @@ def _peer(arm: str, subject: Subject, call: Mapping[str, Any], lora: Lora | None
 def _ours(line: Line, arm: str, subject: Subject, options: Mapping[str, Any], **how: Any) -> squareq_fx.CompiledModule:
     slab = _slab(subject, Path(options["slabs"] or options["scratch"]))
     held(subject.device)
-    compute, backend = ours(arm)
-    kind: dict[str, Any] = {"compute": compute, "backing": "resident", "progress": False}
-    if not subject.tiny:
-        kind["backend"] = backend
-    with line.alone() if compute == "auto" else contextlib.nullcontext():  # it times the layers to decide
-        return squareq_fx.compile(subject.on_meta(), slab, device=subject.device, **kind, **how)
+    kind: dict[str, Any] = {"progress": False, **ours(arm)}
+    if subject.tiny:
+        kind["backend"] = "eager"
+    model = subject.on_meta()
+    if kind["compute"] == "auto":  # what it decides by is timed with the card to itself, and found beside the slab by `compile`
+        captured = squareq_fx.capture(model, slab=slab, device=subject.device)
+        with line.alone():
+            decisions_for(captured, model, slab, error_budget=ERROR_BUDGET, progress=False)
+    return squareq_fx.compile(model, slab, device=subject.device, **kind, **how)
 
 
 def _slab(subject: Subject, folder: Path) -> squareq_fx.Slab:

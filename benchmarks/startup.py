@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py --model flux                      # Flux.1-dev at 1024x1024; --model sdxl
     python benchmarks/startup.py --model flux --slab slabs/flux --backend cudagraph
-    python benchmarks/startup.py --tiny --out /tmp/tiny            # a toy on the CPU: the script itself in a minute
+    python benchmarks/startup.py --tiny --out /tmp/tiny            # a toy on the CPU: the script itself in a minute or two
 
 Needs one CUDA card; without --slab also the bf16 model's size on it, and the slab's on disk. A slab with random weights is
 built first, by a process whose time does not count. Then three processes run one after the other, each as a user's would: it
@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,33 +39,24 @@ RUNS = ("cold", "warm 1", "warm 2")
 STAGES = {"imports": "imports", "model": "slab opened, model on meta", "compile": "compile", "first_output": "first call"}
 TARGET = 10.0  # seconds to the first output from a warm cache
 CLASSES = {"flux": "FluxTransformer2DModel", "sdxl": "UNet2DConditionModel"}
+SLAB_SUFFIXES = (".safetensors", ".manifest.json")
 _COLUMNS = ("run", *STAGES.values(), "first output after", "second call", "Inductor programs", "of them from its cache")
 _PASSED = ("model", "compute", "backend", "size", "batch")
-SLAB_SUFFIXES = (".safetensors", ".manifest.json")
 
 
-def build(options: argparse.Namespace) -> None:
-    """A process of its own: the slab that the others read."""
-    import squareq_fx
-
-    subject = _subject(options)
-    squareq_fx.build_slab(subject.random(), options.slab, progress=False).close()
-
-
-def measure(options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace, subject: Any) -> None:
     """A process of its own: everything up to the first output, then a second call; prints the row as JSON."""
-    timeline: dict[str, float] = {}
+    timeline: Row = {}
 
     def done(stage: str) -> None:
         timeline[stage] = time.time() - options.started
-        _say(f"{STAGES[stage]}: done after {timeline[stage]:.2f} s")
+        print(f"  {STAGES[stage]}: done after {timeline[stage]:.2f} s", file=sys.stderr, flush=True)
 
     import diffusers
     import torch
 
     import squareq_fx
 
-    subject = _subject(options)
     getattr(diffusers, CLASSES[options.model])  # diffusers imports a class when it is first asked for it
     done("imports")
     slab, model = squareq_fx.open_slab(options.slab), subject.on_meta()
@@ -82,41 +73,36 @@ def measure(options: argparse.Namespace) -> None:
         second = time.perf_counter() - start
     if not output.isfinite().all():
         raise SystemExit("the first output is not finite")
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import counters  # late, as everything else that is only for the report
 
-    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
-    row: Row = {"timeline": timeline, "second_call": second, "compilations": len(module.lowering.compilations), "cache": found}
+    device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread(s)"
+    if not options.tiny:
+        card = torch.cuda.get_device_properties(0)
+        device = f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+    packages = ("torch", "diffusers") if options.tiny else ("torch", "triton", "diffusers")
+    versions = {"Python": platform.python_version()} | {name: version(name) for name in packages}
+    row: Row = {"timeline": timeline, "second_call": second, "compilations": len(module.lowering.compilations)}
+    row["from_cache"] = counters["inductor"]["fxgraph_cache_hit"]
     module.shutdown()
-    print(json.dumps(row | {"device": _device(torch), "versions": _versions(squareq_fx.__version__)}), flush=True)
+    print(json.dumps({**row, "device": device, "versions": {**versions, "squareq_fx": squareq_fx.__version__}}), flush=True)
 
 
-def _subject(options: argparse.Namespace) -> Any:
-    subject = schedule.bring("training_models").Subject(options.model, options.tiny, options.size, options.batch)
+def _child(options: argparse.Namespace) -> int:
+    """What a process of its own does: a slab with random weights, or a measurement."""
     if not options.tiny and not importlib.import_module("torch").cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; --tiny runs without")
-    return subject
-
-
-def _device(torch: Any) -> str:
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread(s)"
-
-
-def _versions(ours: str) -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "triton", "diffusers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | {"squareq_fx": ours}
+    subject = schedule.bring("training_models").Subject(options.model, options.tiny, options.size, options.batch)
+    if options.child == "measure":
+        measure(options, subject)
+    else:
+        importlib.import_module("squareq_fx").build_slab(subject.random(), options.slab, progress=False)
+    return 0
 
 
 def report(setting: Row, rows: Sequence[Row]) -> str:
     """The page in Markdown."""
-    size = "a toy" if setting["tiny"] else f"full size, {setting['size']}x{setting['size']} pixels, random weights"
+    full = f"full size, {setting['size']}x{setting['size']} pixels, random weights"
+    size = "a toy, whose times say nothing about a card" if setting["tiny"] else full
     slab = "was there before; the first run may read it from the disk" if setting["slab_given"] else "was built right before"
     lines = [
         "# From the start of the process to the first output",
@@ -135,7 +121,7 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
     for row in rows:
         times = list(row["timeline"].values())
         cells = [row["run"], *(f"{b - a:.2f}" for a, b in pairwise([0.0, *times])), f"{times[-1]:.2f}"]
-        cells += [f"{row['second_call']:.3f}", str(row["compilations"]), str(row["cache"]["hit"])]
+        cells += [f"{row['second_call']:.3f}", str(row["compilations"]), str(row["from_cache"])]
         lines.append(f"| {' | '.join(cells)} |")
     warm = [f"{row['run']} {_verdict(row['timeline']['first_output'])}" for row in rows if row["run"] != RUNS[0]]
     target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."
@@ -146,19 +132,14 @@ def _verdict(seconds: float) -> str:
     return f"{'met' if seconds <= TARGET else 'missed'} by {abs(TARGET - seconds):.2f} s"
 
 
-def _say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
-
-
 def _run(kind: str, options: argparse.Namespace, slab: Path, end: float, environment: dict[str, str]) -> str:
     """The last line that a child printed. Its standard error is ours."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--slab", str(slab)]
     for name in _PASSED:
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--tiny"] if options.tiny else []
+    command += ["--tiny"] * options.tiny + ["--started", repr(time.time())]
     left = max(0.1, end - time.monotonic())
-    started = ["--started", repr(time.time())]
-    done = subprocess.run([*command, *started], env=environment, stdout=subprocess.PIPE, text=True, timeout=left)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=left)
     if done.returncode:
         raise SystemExit(f"{done.stdout}the process ended with exit status {done.returncode}; its error is above")
     return done.stdout.splitlines()[-1] if done.stdout else ""
@@ -179,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        (build if options.child == "build" else measure)(options)
-        return 0
+        return _child(options)
     absent = [f"{options.slab}{suffix}" for suffix in SLAB_SUFFIXES if not Path(f"{options.slab}{suffix}").is_file()]
     if options.slab and absent:
         parser.error(f"--slab: there is no {' and no '.join(absent)}; give the path without extension")
@@ -191,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting |= {"command": " ".join(command), "date": date.today().isoformat()}
     options.out.mkdir(parents=True, exist_ok=True)
     end, rows = time.monotonic() + options.limit, []
-    with tempfile.TemporaryDirectory(prefix="startup_") as temporary:
+    with tempfile.TemporaryDirectory(prefix="startup_", ignore_cleanup_errors=True) as temporary:
         slab = Path(temporary) / "slab"
         caches = {"SQUAREQ_CACHE_DIR": "squareq_fx", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         environment = {name: value for name, value in os.environ.items() if name != "SQUAREQ_CACHE"}
@@ -208,11 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append({"run": doing, **json.loads(_run("measure", options, slab, end, environment))})
                 (options.out / "startup.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
                 (options.out / "startup.md").write_text(report(setting, rows))
-        except subprocess.TimeoutExpired:
-            print(f"{doing}: the limit of {options.limit:g} s was reached", file=sys.stderr)
-            return 1
-        except SystemExit as error:
-            print(f"{doing}: {error}", file=sys.stderr)
+        except (subprocess.TimeoutExpired, SystemExit) as error:
+            why = error if isinstance(error, SystemExit) else f"the limit of {options.limit:g} s was reached"
+            print(f"{doing}: {why}", file=sys.stderr)
             return 1
     print(report(setting, rows), flush=True)
     return 0

@@ -18,7 +18,7 @@ from squareq_fx.kernels.arguments import (
     check_parts,
     check_quantize_rows,
 )
-from squareq_fx.kernels.tiles import GEMV_MAX_ROWS
+from squareq_fx.kernels.tiles import GEMV_MAX_ROWS, gemv_takes
 
 __all__ = [
     "FUSED_MAX_ROWS",
@@ -36,7 +36,7 @@ __all__ = [
     "run_quantize_rows",
 ]
 
-FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: GEMV_MAX_ROWS[torch.float32]}
+FUSED_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 128, torch.float16: 128, torch.float32: GEMV_MAX_ROWS}
 """Rows of x up to which the fused kernel runs on CUDA; above, the weight is dequantised for cuBLAS.
 
 The crossover `benchmarks/kernels.py` measured on an H200 at 3072 x 3072 (benchmarks/results/kernels.md): in bf16 the fused
@@ -87,7 +87,7 @@ def run_int8_linear(
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
         return _dequantized(x, qweight, scale, zero_point, bias)
-    if x.shape[:-1].numel() <= GEMV_MAX_ROWS[x.dtype]:
+    if gemv_takes(x.shape[:-1].numel(), x.shape[-1], x.dtype):
         return _triton_module("int8_gemv").launch(x, qweight, scale, zero_point, bias)
     return _triton_module("int8_linear").launch(x, qweight, scale, zero_point, bias)
 

@@ -11,11 +11,25 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CHOSEN", "GEMV_MAX_ROWS", "FusedTile", "Key", "MatmulTile", "candidates", "key", "row_bucket", "tile_for"]
+__all__ = [
+    "CHOSEN",
+    "GEMV_MAX_ROWS",
+    "FusedTile",
+    "Key",
+    "MatmulTile",
+    "candidates",
+    "gemv_takes",
+    "key",
+    "row_bucket",
+    "tile_for",
+]
 
 
-GEMV_MAX_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
-"""Rows of x up to which `int8_gemv` was faster on an H200 than the fused kernel, which has no matrix units for float32."""
+GEMV_MAX_ROWS = 2
+"""Rows of x that `int8_gemv` takes: its product is one of memory alone."""
+
+_GEMV_DEEPEST = 8192
+"""Depth up to which it was faster than the fused kernel for two rows of 16 bits on an H200 (1280, 3072; not 12288)."""
 
 
 class FusedTile(NamedTuple):
@@ -84,6 +98,11 @@ _MATMUL_SMALL = (
     MatmulTile(32, 64, 256, 4, 3, 0, 0),
     MatmulTile(16, 64, 256, 4, 3, 0, 0),
 )
+
+
+def gemv_takes(rows: int, depth: int, dtype: torch.dtype) -> bool:
+    """Whether `int8_gemv`, and not the fused kernel, is for a W8A16 product; for float32 that has no matrix units to use."""
+    return rows == 1 or (rows == GEMV_MAX_ROWS and (depth <= _GEMV_DEEPEST or dtype == torch.float32))
 
 
 def row_bucket(rows: int) -> int:

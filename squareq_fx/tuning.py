@@ -182,9 +182,12 @@ def _tiles(shape: Shape, device: torch.device) -> tuple[FusedTile | MatmulTile, 
 
 
 def _is_tiled(shape: Shape) -> bool:
-    from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS, GEMV_MAX_ROWS
+    from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS
+    from squareq_fx.kernels.tiles import gemv_takes
 
-    return shape.kernel != "int8_linear" or GEMV_MAX_ROWS[_dtype(shape)] < shape.rows <= FUSED_MAX_ROWS[_dtype(shape)]
+    if shape.kernel != "int8_linear":
+        return True
+    return shape.rows <= FUSED_MAX_ROWS[_dtype(shape)] and not gemv_takes(shape.rows, shape.inner, _dtype(shape))
 
 
 def _known_tile(shape: Shape, timing: Timing, device: torch.device) -> FusedTile | MatmulTile | None:

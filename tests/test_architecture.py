@@ -33,7 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),
         *("activity", "vjp", "pullback", "halves", "loss"),
-        *("lowering", "symbols", "decompositions", "inductor", "inductor_choices", "pieces", "cuda_graphs", "replay", "recording", "backends"),
+        *("lowering", "symbols", "decompositions", "inductor", "inductor_choices", "backends"),
+        *("pieces", "cuda_graphs", "replay", "recording"),
         *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
         *("runtime", "weights", "binding", "calibration", "timings", "tuning", "stored", "program_cache"),
     ),

@@ -52,6 +52,15 @@ def test_the_rows_of_models_are_their_own_buckets() -> None:
     ]  # fmt: skip
 
 
+@given(rows=st.integers(1, 40), depth=sizes, dtype=st.sampled_from(DTYPES))
+def test_one_row_is_a_vector_and_two_are_while_that_is_faster(rows: int, depth: int, dtype: torch.dtype) -> None:
+    takes = tiles.gemv_takes(rows, depth, dtype)
+    assert takes or rows > 1
+    assert not takes or rows <= tiles.GEMV_MAX_ROWS <= dispatch.FUSED_MAX_ROWS[dtype]
+    assert not takes or tiles.gemv_takes(rows, max(1, depth - 1), dtype)  # a longer row does not bring it back
+    assert tiles.gemv_takes(2, depth, torch.float32) and not tiles.gemv_takes(2, 12288, torch.bfloat16)
+
+
 @each_kernel
 @given(rows=sizes, width=sizes, depth=sizes, dtype=st.sampled_from(DTYPES))
 def test_every_shape_has_a_few_tiles_that_fit(
