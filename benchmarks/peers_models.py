@@ -148,7 +148,9 @@ def _ours(line: Line, arm: str, subject: Subject, options: Mapping[str, Any], **
     if kind["compute"] == "auto":  # what it decides by is timed with the card to itself, and found beside the slab by `compile`
         captured = squareq_fx.capture(model, slab=slab, device=subject.device)
         with line.alone():
+            start = time.perf_counter()
             decisions_for(captured, model, slab, error_budget=ERROR_BUDGET, progress=False)
+            line.say(event="decided", arm=arm, model=subject.name, seconds=time.perf_counter() - start)
     return squareq_fx.compile(model, slab, device=subject.device, **kind, **how)
 
 

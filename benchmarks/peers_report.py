@@ -134,7 +134,8 @@ def _train(entries: Sequence[Entry]) -> list[str]:
 def _by_arm(entries: Sequence[Entry]) -> tuple[dict[str, Entry], dict[str, Entry], dict[str, str]]:
     timed = {e["arm"]: e for e in entries if "arm" in e and "ms" in e}
     compared = {e["arm"]: e for e in entries if e.get("event") == "compared"}
-    missing = {e["arm"]: "fails" for e in entries if e.get("error")}
+    failed = {e["arm"]: e["error"] for e in entries if e.get("error")}
+    missing = {arm: "not measured" if error.startswith("not measured") else "fails" for arm, error in failed.items()}
     return timed, compared, missing | {e["arm"]: "not installed" for e in entries if isinstance(e.get("missing"), str)}
 
 

@@ -4,7 +4,9 @@ once for a slab on a machine.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,6 +30,8 @@ from squareq_fx.timings import Shape, Table, machine
 from squareq_fx.tuning import layer_times, tune, unique_shapes, use_known_tiles
 
 __all__ = ["decisions_for", "tune_kernels", "usual_sizes"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def decisions_for(
@@ -61,6 +65,7 @@ def decisions_for(
     if known is not None and not known.mismatches(slab, where, dtype, error_budget, keep) and given in (None, known.inputs_id):
         return known
     quantised = Quantize(slab)(Canonicalize()(graph))
+    start = time.perf_counter()
     errors = calibrate(quantised, model, slab, calibration, progress=progress)
     if calibration is None:
         errors, of_sizes = _at_usual_rows(quantised, model, slab, errors, example_inputs)
@@ -70,9 +75,11 @@ def decisions_for(
     sizes = {
         name: (_input_type(quantised, name), of.rows, *slab.layers[name].orig_shape) for name, of in errors.items()
     }
+    calibrated = time.perf_counter()
     table = Table.of(device)
     tune(_products(sizes.values()), device, table, progress=progress)
     times = layer_times(sizes.values(), device, table, progress=progress)
+    _LOG.info("errors measured in %.1f s, times in %.1f s", calibrated - start, time.perf_counter() - calibrated)
     measured = {name: Measured(of.error, of.rows, *times[sizes[name]]) for name, of in errors.items()}
     decisions = decide(
         slab,
