@@ -2,10 +2,11 @@
 
     python benchmarks/training.py                       # both models at 1024x1024, batch 1, rank 16; about 8 minutes
     python benchmarks/training.py --models flux --slabs /tmp/slabs    # one model; keeps its slab for the next run
+    python benchmarks/training.py --models flux --compute w8a8 --backend cudagraph
     python benchmarks/training.py --tiny --out /tmp/tiny              # toys on the CPU: the script itself in seconds
 
 Needs one CUDA card of 80 GB or more, 20 GB on disk and 30 GB of memory. Random weights. The models prepare at the same time
-(slab, capture, passes) and are then measured one after the other, each in its own process, part by part:
+(slab, capture, passes, programs of Inductor) and are then measured one after the other, each in its own process, part by part:
 
   capped       streamed in a process that may hold no more than an 8 GB card has
   training     50 streamed steps with AdamW, alone: peaks, losses, and whether a byte of the base changed
@@ -97,7 +98,8 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         "date": date.today().isoformat(),
         "hardware": hardware,
         "versions": ", ".join([*versions, f"squareq_fx {squareq_fx.__version__}"]),
-        "subject": f"Random weights, {size}, batch {options.batch}, LoRA of rank {options.rank} on every attention layer.",
+        "subject": f"Random weights, {size}, batch {options.batch}, LoRA of rank {options.rank} on every attention layer; "
+        f"ours in {options.compute}, backend {options.backend}.",
     }
 
 
@@ -127,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="of the training run")
     parser.add_argument("--alone", type=int, default=6, help="steps of the other runs of one arm")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of the interleaved run, fewer if the time is up")
+    parser.add_argument("--compute", choices=("w8a16", "w8a8"), default="w8a16", help="of our arms")
+    parser.add_argument("--backend", choices=("eager", "inductor", "cudagraph"), default="eager", help="of our arms")
     parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="toys on the CPU")
     options = parser.parse_args(arguments)

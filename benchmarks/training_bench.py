@@ -20,15 +20,15 @@ from training_models import Subject
 from training_trace import draw, record
 
 import squareq_fx
+from squareq_fx.auto import usual_sizes
 from squareq_fx.emit import emit
 from squareq_fx.lora import Lora
-from squareq_fx.slab import Slab
 from squareq_fx.slab.checksums import checksum
 
 __all__ = ["MEASUREMENT", "PREPARATION", "Bench", "Log", "Part"]
 
 CAP_BYTES = int(0.95 * 8e9)  # what torch's allocator may hold; the rest of an 8 GB card is the context's
-PREPARATION: tuple[tuple[str, float], ...] = (("slab", 160), ("passes", 160))
+PREPARATION: tuple[tuple[str, float], ...] = (("slab", 160), ("passes", 160), ("programs", 300))
 MEASUREMENT: tuple[tuple[str, float], ...] = (
     ("capped", 60),
     ("training", 120),
@@ -115,7 +115,14 @@ class Bench:
         """Capture and passes, once for all of our arms."""
         slab = self._need("slab")
         captured = squareq_fx.capture(self.subject.on_meta(), slab=slab, device=self.subject.device)
-        self.made["graph"] = squareq_fx.run(captured, squareq_fx.default_passes(slab, lora=self.lora))
+        passes = squareq_fx.default_passes(slab, lora=self.lora, compute=self.options.compute)
+        self.made["graph"] = squareq_fx.run(captured, passes)
+
+    def programs(self) -> None:
+        """Compiled here, so that later arms find them in Inductor's cache."""
+        if self.options.backend != "eager":
+            self._module("host").shutdown()
+            held(self.subject.device)
 
     # ------------------------------------------------------------------------------------------ measurement
 
@@ -217,10 +224,13 @@ class Bench:
         return found
 
     def _ours(self, name: str, backing: Any) -> Arm:
-        slab: Slab = self._need("slab")
         before = held(self.subject.device)
-        module = emit(self._need("graph"), self.subject.on_meta(), slab, backing=backing)
-        return Arm(name, module, self.call, self.target, before)
+        return Arm(name, self._module(backing), self.call, self.target, before)
+
+    def _module(self, backing: Any) -> squareq_fx.CompiledModule:
+        graph, model, slab = self._need("graph"), self.subject.on_meta(), self._need("slab")
+        sizes = None if self.options.backend == "eager" else usual_sizes(graph, model, slab)
+        return emit(graph, model, slab, backing=backing, backend=self.options.backend, value_of=sizes)
 
     def _beside_others(self, run: str, index: int, arm: Arm) -> None:
         """A step while other arms hold memory too, which its peak would count."""

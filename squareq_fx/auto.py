@@ -72,15 +72,19 @@ def decisions_for(
         inputs = f"random normal inputs, timed at {of_sizes} (pass calibration= for errors on real inputs)"
     else:
         inputs = f"{len(calibration)} calibration input{'s' if len(calibration) != 1 else ''}"
-    sizes = {
-        name: (_input_type(quantised, name), of.rows, *slab.layers[name].orig_shape) for name, of in errors.items()
-    }
+    merged = _merged(quantised, slab)
+    sizes = {}
+    for name, of in errors.items():
+        width, inner = slab.layers[name].orig_shape
+        sizes[name] = _input_type(quantised, name), of.rows, width * merged[name], inner
     calibrated = time.perf_counter()
     table = Table.of(device)
     tune(_products(sizes.values()), device, table, progress=progress)
     times = layer_times(sizes.values(), device, table, progress=progress)
     _LOG.info("errors measured in %.1f s, times in %.1f s", calibrated - start, time.perf_counter() - calibrated)
-    measured = {name: Measured(of.error, of.rows, *times[sizes[name]]) for name, of in errors.items()}
+    measured = {
+        name: Measured(of.error, of.rows, *(ms / merged[name] for ms in times[sizes[name]])) for name, of in errors.items()
+    }
     decisions = decide(
         slab,
         measured,
@@ -107,6 +111,20 @@ def _known(path: os.PathLike[str]) -> Decisions | None:
     except SquareQError as error:
         warnings.warn(f"{error}; deciding again", stacklevel=4)
         return None
+
+
+def _merged(gm: fx.GraphModule, slab: Slab) -> dict[str, int]:
+    """Of how many layers each is one that `fuse` will make one product of, with one quantisation: q, k and v of one input."""
+    together: dict[tuple[Any, ...], set[str]] = {}
+    for node in gm.graph.nodes:
+        if node.target is ops.int8_linear:
+            name = str(info(node).layer)
+            key = node.args[0], name.rpartition(".")[0], tuple(slab.layers[name].orig_shape)
+            together.setdefault(key, set()).add(name)
+    merged: dict[str, int] = {}
+    for names in together.values():  # a layer that is called twice may be merged in one place only
+        merged.update({name: min(len(names), merged.get(name, len(names))) for name in names})
+    return merged
 
 
 def _input_type(gm: fx.GraphModule, layer: str) -> torch.dtype:

@@ -191,8 +191,8 @@ def decide(
     Layers of one role (the same place in blocks of one kind, `role_of`, and the same size) are decided together by the sum of
     their times, so that blocks go on sharing functions. A layer over the budget stays w8a16, and its block then is a function
     of its own, shared with blocks of the same decisions; if that would be more than a quarter of a role's layers, the whole
-    role stays. The time of w8a8 has the layer's own row quantisation in it, which layers that read one input share after
-    `fuse`, so it is an upper bound.
+    role stays. The time of w8a8 has the row quantisation in it, of layers that `fuse` merges their share of one; an upper
+    bound, as a compiler may fold it into the norm before.
 
     Args:
         measured: by layer; a layer without an entry stays w8a16.

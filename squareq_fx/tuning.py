@@ -77,7 +77,7 @@ def layer_times(
     *,
     progress: bool = True,
 ) -> dict[tuple[torch.dtype, int, int, int], tuple[float, float]]:
-    """Milliseconds of one call of a layer in w8a16 and in w8a8 (its own row quantisation included), measured where the table
+    """Milliseconds of one call of a layer in w8a16 and in w8a8 (a row quantisation included), measured where the table
     does not know them, by the kernels that would run. The table is saved.
 
     Args:

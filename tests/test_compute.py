@@ -14,7 +14,7 @@ import torch
 from backbones import backbone, calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import EXAMPLES, Function, Mlp, Residual, Spec, make_slab, scratch, staged
+from models import CONTEXT, EXAMPLES, Attend, Function, Mlp, Residual, Seq, Spec, make_slab, scratch, staged
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
@@ -322,6 +322,18 @@ def test_auto_is_decided_once(w8a8_is_faster: list[Any], monkeypatch: pytest.Mon
     squareq_fx.compile(model, slab, compute="auto", progress=False)
     assert len(w8a8_is_faster) > count
     assert Decisions.load(Decisions.path_beside(slab)).machine == "another card"
+
+
+def test_layers_that_will_be_merged_are_timed_as_one(w8a8_is_faster: list[Any]) -> None:
+    """k and v read the context and share a quantisation and a product, in each block; q reads something else."""
+    model, slab = slab_of(Spec(Seq((Attend(), Residual(Mlp(24)))), repeat=2, width=8))
+    gm = squareq_fx.compile(model, slab, compute="auto", progress=False)
+    found = program(gm).decisions
+    assert found is not None
+    for name, entry in found.layers.items():
+        share = 2 if name.endswith((".k", ".v")) else 1
+        assert (entry.ms_w8a16, entry.ms_w8a8) == (2.0 / share, 1.0 / share), name
+    assert {width for _, _, width, inner in w8a8_is_faster if inner == CONTEXT} == {16}
 
 
 def test_a_budget_keeps_layers_in_16_bits(w8a8_is_faster: list[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -215,6 +216,7 @@ BAD = [
     ({"lr_scheduler": "sine"}, "--lr-scheduler 'sine' is none of linear"),
     ({"device": "mps:7"}, "--device mps:7"),
     ({"build_slab": False, "slab": Path("/none/slab")}, "the slab /none/slab is not there: give --build-slab"),
+    ({"backend": "cudagraph"}, "--backend cudagraph: .* records graphs of a CUDA device and cannot run on cpu"),
     ({"objective": "epsilon"}, "Flux is trained with flow, SDXL with"),
     ({"min_snr": 5.0}, "--min-snr weighs epsilon and v_prediction"),
     ({"shift": "far"}, "--shift is a positive number, or `resolution`, not 'far'"),
@@ -283,9 +285,23 @@ def test_another_run_is_not_resumed(root: Path, tmp_path: Path) -> None:
     assert prepare(resumed).checkpoint == chosen.output / "checkpoint-3"
     with pytest.raises(SquareQError, match=r"rank was 2 and is 4(?s:.)*lr was 0.01 and is 0.1"):
         prepare(dataclasses.replace(resumed, rank=4, lr=0.1))
+    with pytest.raises(SquareQError, match="compute was 'w8a16' and is 'w8a8'"):
+        prepare(dataclasses.replace(resumed, compute="w8a8"))
+    older = json.loads((chosen.output / "settings.json").read_text())
+    del older["compute"], older["backend"], older["save"]
+    (chosen.output / "settings.json").write_text(json.dumps(older))
+    check_same_run(resumed)  # before there were these options, they had what is their default now
     (chosen.output / "settings.json").write_text("torn")
     with pytest.raises(SquareQError, match="settings.json cannot be read"):
         check_same_run(resumed)
+
+
+def test_what_decides_the_speed_reaches_the_compiler(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(root, "flux", tmp_path / "out", compute="w8a8", backend="inductor", save="offload")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(squareq_fx, "compile", lambda *a, **options: given.update(options))
+    train_lora.compile_model(chosen, prepare(chosen))
+    assert (given["compute"], given["backend"], given["save"]) == ("w8a8", "inductor", "offload")
 
 
 def test_a_loss_that_is_not_finite(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lora_trainer.cache import Cache, Takes, open_cache
 from lora_trainer.families import Family, family_of
 from lora_trainer.objectives import Diffusion, FlowMatching, Objective
 from lora_trainer.settings import Settings, check_same_run
+from squareq_fx.backends import check_backend
 from squareq_fx.checkpoint import latest_checkpoint
 from squareq_fx.errors import SquareQError
 from squareq_fx.lora import Lora
@@ -96,6 +97,11 @@ def _device(settings: Settings) -> Iterator[str]:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
         yield f"--device {settings.device}: {str(error).splitlines()[0]}"
+        return
+    try:
+        check_backend(settings.backend, settings.device)
+    except SquareQError as error:
+        yield f"--backend {settings.backend}: {error}"
 
 
 def _slab(settings: Settings) -> Iterator[str]:

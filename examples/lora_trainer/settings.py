@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,6 +68,15 @@ class Settings:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="that the model computes in")] = (
         "bfloat16" if _CUDA else "float32"
     )
+    compute: Annotated[
+        Literal["w8a16", "w8a8", "auto"], Option(help="what layers multiply: 16-bit or INT8 activations, or what is faster")
+    ] = "w8a16"
+    backend: Annotated[
+        Literal["eager", "inductor", "cudagraph"], Option(help="how blocks run; cudagraph is the fastest on a card")
+    ] = "eager"
+    save: Annotated[
+        Literal["recompute", "save", "offload"], Option(help="activations of a block: made again, kept, or sent to the host")
+    ] = "recompute"
     backing: Annotated[Literal["host", "disk", "resident"], Option(help="where weights wait for their turn")] = "host"
     budget_gib: Annotated[float | None, Option(help="most GiB of the device that weights take")] = None
     workers: Annotated[int, Option(help="processes that read the cache")] = 0
@@ -104,6 +113,8 @@ def check_same_run(settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise SquareQError(f"{path} cannot be read, so nobody knows what run this was: {error}") from error
     now = {name: value for name, value in _plain(settings).items() if name not in _MAY_DIFFER}
+    # An option that an older run did not have had its default.
+    before = {field.name: field.default for field in fields(settings) if field.default is not MISSING} | before
     differing = [name for name, value in now.items() if before.get(name) != value]
     if differing:
         lines = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing]
