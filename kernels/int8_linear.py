@@ -19,6 +19,47 @@ from squareq_fx.kernels.tiles import FusedTile, tile_for
 __all__ = ["int8_linear", "launch"]
 
 
+@triton.jit
+def _sliced_product(
+    x_ptr,
+    q_ptr,
+    rows_m,
+    rows_n,
+    begin,
+    end,
+    K,
+    packed_k,
+    stride_xm,
+    stride_qn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    # Warps side by side over so few rows of x would all widen the same weights. Here each has a slice of the depth to itself,
+    # and so many of them fit a multiprocessor that they hide each other's latency; their sums meet once, at the end.
+    DEPTH: tl.constexpr = BLOCK_K // SLICES
+    at = (tl.arange(0, SLICES) * DEPTH)[:, None, None]
+    depth_x = at + tl.arange(0, DEPTH)[None, :, None]
+    depth_q = at + tl.arange(0, DEPTH)[None, None, :]
+    x_tile = x_ptr + rows_m[None, None, :] * stride_xm + depth_x
+    q_tile = q_ptr + rows_n[None, :, None] * stride_qn + depth_q
+    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_tile + k)
+            q = tl.load(q_tile + k)
+        else:
+            x = tl.load(x_tile + k, mask=depth_x < K - k, other=0.0)
+            q = tl.load(q_tile + k, mask=depth_q < packed_k - k, other=0)
+        if WIDEN:
+            x = x.to(tl.float32)
+        acc = tl.dot(q.to(x.dtype), x, acc, input_precision="ieee")
+    return tl.sum(acc, axis=0)
+
+
 @triton.jit(do_not_specialize=["M", "split"])
 def _int8_linear(
     x_ptr,
@@ -42,6 +83,7 @@ def _int8_linear(
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     # Tiles of up to eight row blocks share their weight tile while it is in L2.
     pid = tl.program_id(0)
@@ -71,20 +113,26 @@ def _int8_linear(
     scale = tl.load(scale_ptr + rows_n)
     zero = tl.load(zero_ptr + rows_n)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k in range(begin, end, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_tile + k)
-            q = tl.load(q_tile + k)
-        else:
-            x = tl.load(x_tile + k, mask=offs_k[:, None] < K - k, other=0.0)
-            q = tl.load(q_tile + k, mask=offs_k[None, :] < packed_k - k, other=0)
-        if WIDEN:
-            x = x.to(tl.float32)
-        w = q.to(x.dtype)  # exact: eight bits fit every significand
-        if x_ptr.dtype.element_ty == tl.float32:
-            w -= zero[:, None]
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+    if SLICES > 1:  # of 16-bit types only: the zero points come in at the end
+        acc = _sliced_product(
+            x_ptr, q_ptr, rows_m, rows_n, begin, end, K, packed_k, stride_xm, stride_qn,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN, SLICES,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for k in range(begin, end, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_tile + k)
+                q = tl.load(q_tile + k)
+            else:
+                x = tl.load(x_tile + k, mask=offs_k[:, None] < K - k, other=0.0)
+                q = tl.load(q_tile + k, mask=offs_k[None, :] < packed_k - k, other=0)
+            if WIDEN:
+                x = x.to(tl.float32)
+            w = q.to(x.dtype)  # exact: eight bits fit every significand
+            if x_ptr.dtype.element_ty == tl.float32:
+                w -= zero[:, None]
+            acc = tl.dot(w, x, acc, input_precision="ieee")
 
     last = pid >= 0
     if SPLITS:
@@ -199,6 +247,7 @@ def launch(
             EVEN_K=in_features % tile.k == 0,
             WIDEN=y.dtype != x.dtype,  # the interpreter multiplies bfloat16 as integers
             SPLITS=split > 1,
+            SLICES=1 if x.dtype == torch.float32 else tile.slices,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

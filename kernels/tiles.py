@@ -33,7 +33,10 @@ _GEMV_DEEPEST = 8192
 
 
 class FusedTile(NamedTuple):
-    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth."""
+    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth.
+
+    slices: parts of each step of the depth, for as many groups of warps; 1 if the warps share the tile's weight rows.
+    """
 
     m: int
     n: int
@@ -41,6 +44,7 @@ class FusedTile(NamedTuple):
     warps: int
     stages: int
     split: int
+    slices: int = 1
 
 
 class MatmulTile(NamedTuple):
@@ -69,8 +73,10 @@ _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
         FusedTile(16, 32, 256, 2, 4, 1),
         FusedTile(16, 32, 256, 2, 4, 2),
         FusedTile(16, 32, 256, 2, 4, 4),
-        FusedTile(16, 32, 256, 1, 4, 2),
-        FusedTile(16, 16, 256, 1, 4, 1),
+        FusedTile(16, 32, 256, 8, 4, 1, 8),
+        FusedTile(16, 32, 256, 8, 4, 2, 8),
+        FusedTile(16, 32, 256, 4, 4, 2, 4),
+        FusedTile(16, 16, 512, 8, 4, 1, 8),
     ),
     32: (FusedTile(32, 32, 128, 4, 5, 1), FusedTile(32, 64, 128, 4, 4, 1), FusedTile(32, 64, 128, 4, 4, 4)),
     64: (FusedTile(64, 64, 128, 4, 4, 1), FusedTile(64, 64, 128, 4, 4, 2), FusedTile(64, 32, 128, 4, 4, 4)),

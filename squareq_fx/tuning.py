@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from squareq_fx.kernels import tiles
 from squareq_fx.kernels.tiles import FusedTile, MatmulTile, row_bucket
 from squareq_fx.kernels.trial import trial
 from squareq_fx.progress import count_bar
-from squareq_fx.timings import Shape, Table, Timing, microseconds
+from squareq_fx.timings import Shape, Table, Timing, machine, microseconds
 
 __all__ = ["layer_times", "tune", "unique_shapes", "use_known_tiles"]
 
@@ -207,6 +208,10 @@ def _tile_microseconds(shape: Shape, tile: Any, device: torch.device) -> float:
 
     run = trial(shape.kernel, shape.rows, shape.width, shape.inner, _dtype(shape), device)
     try:
+        if not run.is_right(run(tile)):
+            what = f"{shape.kernel} computes wrong sums with tile {tuple(tile)} at {shape.key} on {machine(device)}"
+            warnings.warn(f"{what}; the tile is left out. Please report it.", stacklevel=4)
+            return float("inf")
         return microseconds(lambda: run(tile), device)
     except OutOfResources:
         return float("inf")

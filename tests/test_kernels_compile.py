@@ -73,6 +73,7 @@ def fused(dtype: str, tile: FusedTile, target: int, even: bool = True) -> Any:
         "EVEN_K": even,
         "WIDEN": False,
         "SPLITS": tile.split > 1,
+        "SLICES": 1 if dtype == "fp32" else tile.slices,
     }
     if tile.split == 1:
         constants |= {"partial_ptr": None, "counter_ptr": None}
@@ -124,6 +125,19 @@ def test_the_fused_product(dtype: str, target: int) -> None:
     assert ("wgmma.mma_async" in text) == (target == HOPPER and dtype != "fp32")
     assert ("mma.sync" in text) == (target == AMPERE)
     assert "atom" not in text and "atom" in fused(dtype, split, target, even=False).asm["ptx"]
+
+
+@pytest.mark.parametrize("target", (HOPPER, AMPERE))
+@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
+def test_slices_of_the_depth_take_warps_of_their_own(dtype: str, target: int) -> None:
+    """Of each program's weights every warp widens its own: an eighth of the instructions that one warp would need."""
+    tile = FusedTile(16, 32, 256, 8, 4, 1, 8)
+    sliced, shared = fused(dtype, tile, target), fused(dtype, tile._replace(warps=2, slices=1), target)
+    assert "mma.sync" in sliced.asm["ptx"] and "wgmma" not in sliced.asm["ptx"]
+    products = [one.asm["ptx"].count("mma.sync") for one in (sliced, shared)]
+    assert products[0] * 4 == products[1], "per warp, of four times as many warps"
+    assert 4 * sliced.metadata.shared <= SHARED[target] or target == AMPERE
+    assert "mma.sync" in fused(dtype, tile._replace(split=2), target, even=False).asm["ptx"]
 
 
 def test_the_int8_product_for_hopper() -> None:

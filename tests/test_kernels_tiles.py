@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -67,7 +68,7 @@ def test_every_shape_has_a_few_tiles_that_fit(
     card: tuple[int, int], kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype
 ) -> None:
     found = candidates(kernel, rows, width, depth, dtype, CARD)
-    assert 1 <= len(found) == len(set(found)) <= 5
+    assert 1 <= len(found) == len(set(found)) <= 7
     assert all(isinstance(tile, TYPES[kernel]) for tile in found)
     for tile in found:
         assert min(tile.m, tile.n, tile.k) >= 16 and all(side & (side - 1) == 0 for side in tile[:3])
@@ -75,7 +76,10 @@ def test_every_shape_has_a_few_tiles_that_fit(
         wide = dtype.itemsize if kernel == "int8_linear" else 1
         assert tile.stages * tile.k * (tile.m * wide + tile.n) <= card[1] * 1024
         if kernel == "int8_linear":
-            assert tile.m * tile.n <= 8192 and tile.warps <= 4, "on eight warps an H200 computed wrong sums"
+            assert isinstance(tile, FusedTile) and tile.m * tile.n <= 8192
+            assert tile.warps <= 4 or tile.slices > 1, "on eight warps, with wgmma, an H200 computed wrong sums"
+            assert tile.k // tile.slices >= 16 and tile.warps >= tile.slices
+            assert tile.slices == 1 or dtype != torch.float32
 
 
 @each_kernel
@@ -115,17 +119,19 @@ if INTERPRETED:
         run = trial(kernel, 3, 40, 70, dtype, torch.device("cpu"))
         tile = FusedTile(16, 16, 32, 4, 1, 2) if kernel == "int8_linear" else MatmulTile(16, 16, 32, 4, 1, 1, 1)
         y = run(tile)
-        assert y.shape == (16, 40) and y.dtype == dtype and y.isfinite().all() and bool(y.any())
+        assert y.shape == (16, 40) and y.dtype == dtype and run.is_right(y)
+        for wrong in (torch.zeros_like(y), y.roll(1, 0), torch.where(torch.arange(40) < 8, y.roll(1, 1), y), y * float("nan")):
+            assert not run.is_right(wrong)
         if kernel == "int8_matmul":
             assert torch.equal(y, run(tile._replace(k=64, programs=0)))
 
-    def test_a_chosen_split_is_as_exact_as_none() -> None:
+    def test_a_chosen_split_or_slice_is_as_exact_as_none() -> None:
         from squareq_fx.kernels.int8_linear import int8_linear
 
         for dtype in DTYPES:
             inputs = Case((20,), 300, 40, dtype, zero_points=True).build("cpu")
-            for split in (1, 2, 3, 99):
-                tile = FusedTile(16, 32, 64, 4, 1, split)
+            for split, slices in itertools.product((1, 2, 3, 99), (1, 4)):
+                tile = FusedTile(16, 32, 64, 4, 1, split, slices)
                 assert_accurate(int8_linear(*inputs, tile), inputs)
 
 

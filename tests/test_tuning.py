@@ -247,6 +247,26 @@ def test_where_no_tile_runs_none_is_chosen(some_tiles: list[Any]) -> None:
     assert not tiles.CHOSEN and len(Table.of(CPU)) == 0
 
 
+def test_a_tile_that_computes_something_else_is_left_out(
+    some_tiles: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happened under one compiler, on one card: it would be the fastest here."""
+    from squareq_fx import tuning
+
+    class Fake:
+        def __call__(self, tile: Any) -> Any:
+            return tile
+
+        def is_right(self, y: Any) -> bool:
+            return y.m != 64
+
+    monkeypatch.setattr(tuning, "trial", lambda *a: Fake())
+    monkeypatch.setattr(tuning, "microseconds", lambda call, device: {32: 9.0, 64: 1.0, 128: 8.0}[call().m])
+    with pytest.warns(UserWarning, match=r"int8_matmul computes wrong sums with tile \(64, 128, .* left out"):
+        assert tune([SHAPE], CPU, Table.of(CPU), measure=tuning._tile_microseconds, progress=False) == 1
+    assert list(tiles.CHOSEN.values()) == [some_tiles[2]]
+
+
 def test_on_the_cpu_there_is_nothing_to_tune() -> None:
     models = staged(EXAMPLES[0])
     assert tune(unique_shapes(models.graphs["quantize"]), CPU, Table.of(CPU), progress=False) == 0
