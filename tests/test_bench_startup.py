@@ -32,9 +32,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str,
     folder = tmp_path_factory.mktemp("startup")
     out, slab = folder / "new", folder / "flux.toy"  # the slab is made here, where everything for that is imported already
     startup.main(["--tiny", "--child", "build", "--slab", str(slab)])
-    # No vector instructions are then tried out, no other processes started, and the C++ compiles in half the time.
-    quick = {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    process = run("--tiny", "--slab", str(slab), "--out", str(out), SQUAREQ_CACHE="0", **quick)
+    # Without Inductor, whose C++ takes half a minute: that another process finds its programs is for test_inductor.py.
+    process = run("--tiny", "--backend", "eager", "--slab", str(slab), "--out", str(out), SQUAREQ_CACHE="0")
     assert process.returncode == 0, process.stdout + process.stderr
     assert len(list(folder.iterdir())) == 3, "nothing is written beside the slab"
     return json.loads((out / "startup.json").read_text()), (out / "startup.md").read_text(), process
@@ -49,12 +48,10 @@ def test_each_stage_of_each_run_is_later_than_the_one_before(done: Any) -> None:
         assert 0 < row["second_call"] < row["timeline"]["first_output"]
 
 
-def test_a_warm_process_finds_every_program(done: Any) -> None:
+def test_a_warm_process_finds_the_graph(done: Any) -> None:
     cold, *warm = done[0]["rows"]
-    assert cold["compilations"] > 1
-    assert cold["from_cache"] < cold["compilations"]
     for row in warm:
-        assert row["compilations"] == row["from_cache"] == cold["compilations"]
+        assert row["compilations"] == row["from_cache"] == cold["compilations"] == 0
         assert seconds(row) < 0.7 * seconds(cold)
 
 
@@ -66,7 +63,7 @@ def seconds(row: dict[str, Any]) -> float:
 def test_the_report_has_a_line_for_each_run(done: Any) -> None:
     entries, page, process = done
     assert page in process.stdout
-    assert "Command: `python benchmarks/startup.py --model flux --tiny --slab SLAB`" in page
+    assert "Command: `python benchmarks/startup.py --model flux --backend eager --tiny --slab SLAB`" in page
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     assert table[0][0] == "run"
     assert {len(line) for line in table} == {len(table[0])}
