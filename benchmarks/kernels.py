@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from kernels_layers import Layer, Verdict, arguments, check, check_odd_shapes, float_weights
 from kernels_timing import copy_rate, medians, rotating, set_count, wall
 
+from squareq_fx.auto.timings import machine
 from squareq_fx.kernels import dispatch, reference, tiles
-from squareq_fx.timings import machine
 
 DEQUANTISE_TILES = ((8, 256, 4), (2, 256, 4), (4, 512, 8), (16, 256, 8))
 DEQUANTISE_TARGET = 0.70

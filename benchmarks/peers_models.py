@@ -21,7 +21,7 @@ from training_arms import GIB, Arm, compare, held, random_values
 from training_models import Subject
 
 import squareq_fx
-from squareq_fx.auto import decisions_for
+from squareq_fx.auto.deciding import decisions_for
 from squareq_fx.compute import ERROR_BUDGET
 from squareq_fx.lora import Lora
 

@@ -29,7 +29,7 @@ import squareq_fx
 from squareq_fx.emit import emit
 from squareq_fx.ir import functions
 from squareq_fx.runtime.store import Backing
-from squareq_fx.skeleton import skeleton as make_skeleton
+from squareq_fx.tracing.skeleton import skeleton as make_skeleton
 
 GIB = 2**30
 SDXL = {

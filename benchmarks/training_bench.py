@@ -20,7 +20,7 @@ from training_models import Subject
 from training_trace import draw, record
 
 import squareq_fx
-from squareq_fx.auto import usual_sizes
+from squareq_fx.auto.deciding import usual_sizes
 from squareq_fx.emit import emit
 from squareq_fx.lora import Lora
 from squareq_fx.slab.checksums import checksum

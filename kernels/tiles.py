@@ -1,7 +1,7 @@
 """How each product is cut: the tiles the kernels choose from, and the one that was found fastest for a shape.
 
-A table of measured times (`squareq_fx.tuning`) fills `CHOSEN`; for a shape it does not have, a rule of thumb decides. What a
-tile changes is the time and, in W8A16, the order in which floats are summed.
+A table of measured times (`squareq_fx.auto.tuning`) fills `CHOSEN`; for a shape it does not have, a rule of thumb decides. What
+a tile changes is the time and, in W8A16, the order in which floats are summed.
 """
 
 from __future__ import annotations

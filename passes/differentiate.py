@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from squareq_fx import ops
-from squareq_fx.activity import active_values, output_nodes
 from squareq_fx.edit import add_function, call, call_function, drop_unused_functions, enclosed, finish, results
 from squareq_fx.errors import PassError
+from squareq_fx.gradients.activity import active_values, output_nodes
+from squareq_fx.gradients.pullback import Pullback, recomputing, saving
+from squareq_fx.gradients.vjp import trace_vjp
 from squareq_fx.ir import (
     Level,
     adapter_inputs,
@@ -29,9 +31,7 @@ from squareq_fx.ir import (
     update_program,
 )
 from squareq_fx.liveness import shared_storage
-from squareq_fx.pullback import Pullback, recomputing, saving
 from squareq_fx.specs import spec
-from squareq_fx.vjp import trace_vjp
 
 __all__ = ["Differentiate", "Save"]
 

@@ -11,7 +11,6 @@ from squareq_fx.capture import capture
 from squareq_fx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from squareq_fx.compiled import CompiledModule
 from squareq_fx.compute import Decisions
-from squareq_fx.draw import draw
 from squareq_fx.errors import (
     AdapterError,
     BindingError,
@@ -22,14 +21,15 @@ from squareq_fx.errors import (
     SquareQError,
     VerificationError,
 )
-from squareq_fx.explain import explain
 from squareq_fx.functional import value_and_grad
 from squareq_fx.inlining import inline
 from squareq_fx.lora import Lora
 from squareq_fx.passes import default_passes, insert_after
 from squareq_fx.pipeline import run
-from squareq_fx.show import diff, show
 from squareq_fx.slab import Slab, build_slab, open_slab
+from squareq_fx.views.draw import draw
+from squareq_fx.views.explain import explain
+from squareq_fx.views.show import diff, show
 
 __all__ = [
     "AdapterError",

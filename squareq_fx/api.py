@@ -12,8 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from squareq_fx.auto import decisions_for, tune_kernels, usual_sizes
-from squareq_fx.backends import Backend, check_backend
+from squareq_fx.auto.deciding import decisions_for, tune_kernels, usual_sizes
 from squareq_fx.cached_graphs import CachedGraphs
 from squareq_fx.capture import capture
 from squareq_fx.compute import ERROR_BUDGET, Compute, Decisions
@@ -22,11 +21,12 @@ from squareq_fx.errors import SquareQError
 from squareq_fx.ir import Stage
 from squareq_fx.kernels.arguments import COMPUTES
 from squareq_fx.lora import Lora
+from squareq_fx.lowering.backends import Backend, check_backend
 from squareq_fx.passes import Quantize, Save, default_passes
 from squareq_fx.pipeline import Pass
-from squareq_fx.program_cache import ProgramCache
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab import Slab, open_slab
+from squareq_fx.stored.cache import ProgramCache
 from squareq_fx.weights import check_same_model, check_same_weights
 
 __all__ = ["compile"]
@@ -92,7 +92,7 @@ def compile(
         observe: called after each stage.
         progress: show the running stage on a terminal.
         cache: keep the graph after the passes on disk, and use it instead of tracing when nothing it depends on has changed
-            (`program_cache`). True: below `$SQUAREQ_CACHE_DIR` or `~/.cache/squareq_fx`, unless `$SQUAREQ_CACHE` is 0; or a
+            (`stored.cache`). True: below `$SQUAREQ_CACHE_DIR` or `~/.cache/squareq_fx`, unless `$SQUAREQ_CACHE` is 0; or a
             folder. Graphs of passes that are not the default ones are not kept.
 
     Returns:

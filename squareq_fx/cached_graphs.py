@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from squareq_fx.ir import Stage, program
 from squareq_fx.pipeline import Pass, run
-from squareq_fx.program_cache import ProgramCache, program_key
 from squareq_fx.slab import Slab
+from squareq_fx.stored.cache import ProgramCache, program_key
 
 __all__ = ["CachedGraphs"]
 

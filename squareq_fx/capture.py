@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from squareq_fx.blocks import block_paths
 from squareq_fx.calls import bind, flatten_call, normalise_example, rebuild_call
 from squareq_fx.errors import BindingError, CaptureError
-from squareq_fx.explicit import explicit, relocate, tied_names
 from squareq_fx.families import family_inputs
 from squareq_fx.ir import CallSpec, Level, Program, fake_mode, set_program
 from squareq_fx.slab.inputs import restore_inputs
 from squareq_fx.slab.manifest import model_signature
 from squareq_fx.slab.reader import Slab
-from squareq_fx.tracing import Skeleton, on_meta
+from squareq_fx.tracing.explicit import explicit, relocate, tied_names
+from squareq_fx.tracing.export import Skeleton, on_meta
 
 __all__ = ["capture"]
 

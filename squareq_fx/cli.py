@@ -219,7 +219,7 @@ def _decisions(slab: Slab) -> Decisions | None:
 
 
 def _decision_table(decisions: Decisions, slab: Slab) -> Table:
-    from squareq_fx.explain import decision_rows
+    from squareq_fx.views.explain import decision_rows
 
     shapes = {name: f"{layer.orig_shape[0]} x {layer.orig_shape[1]}" for name, layer in slab.layers.items()}
     head, *rows = decision_rows(dict(decisions.layers), shapes, slab.block_paths)

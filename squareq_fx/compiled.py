@@ -14,11 +14,11 @@ from torch import fx, nn
 
 from squareq_fx import ops
 from squareq_fx.adapter_methods import AdapterMethods
-from squareq_fx.backends import Lowering
 from squareq_fx.binding import Binding
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.ir import Stage, program
-from squareq_fx.lowering import Lowered
+from squareq_fx.lowering.backends import Lowering
+from squareq_fx.lowering.lowered import Lowered
 from squareq_fx.runtime import Runtime, StepReport
 from squareq_fx.training import Training
 

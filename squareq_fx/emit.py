@@ -11,17 +11,17 @@ from torch import fx, nn
 
 from squareq_fx.adapters.bank import AdapterBank
 from squareq_fx.adapters.packing import Slot
-from squareq_fx.backends import Backend, Lowering
 from squareq_fx.binding import Binding
 from squareq_fx.compiled import CompiledModule, Held
 from squareq_fx.errors import SquareQError
-from squareq_fx.halves import forward_only
+from squareq_fx.gradients.halves import forward_only
 from squareq_fx.ir import Level, adapter_inputs, clone, identifier, info, program
+from squareq_fx.lowering.backends import Backend, Lowering
 from squareq_fx.runtime import Runtime, WeightStore
 from squareq_fx.runtime.store import Backing
-from squareq_fx.skeleton import skeleton
 from squareq_fx.slab.reader import Slab
 from squareq_fx.specs import spec
+from squareq_fx.tracing.skeleton import skeleton
 from squareq_fx.training import Training
 from squareq_fx.weights import WeightValues
 

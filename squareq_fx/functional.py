@@ -13,8 +13,8 @@ from squareq_fx.adapters.packing import pack, unpack_gradients
 from squareq_fx.calls import normalise_example
 from squareq_fx.compiled import CompiledModule
 from squareq_fx.errors import BindingError, RuntimeStateError
-from squareq_fx.loss import matched, trace_loss, with_loss
-from squareq_fx.lowering import Lowered
+from squareq_fx.gradients.loss import matched, trace_loss, with_loss
+from squareq_fx.lowering.lowered import Lowered
 from squareq_fx.specs import spec
 
 __all__ = ["ValueAndGrad", "value_and_grad"]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from squareq_fx.activity import output_nodes
 from squareq_fx.adapters.packing import Branch, unpack_gradients
-from squareq_fx.backends import Lowering
 from squareq_fx.errors import RuntimeStateError
-from squareq_fx.halves import Halves, halves
+from squareq_fx.gradients.activity import output_nodes
+from squareq_fx.gradients.halves import Halves, halves
 from squareq_fx.ir import info, program
-from squareq_fx.lowering import Lowered
+from squareq_fx.lowering.backends import Lowering
+from squareq_fx.lowering.lowered import Lowered
 
 __all__ = ["Training"]
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from squareq_fx import CompiledModule
-from squareq_fx.cuda_graphs import Recorder, copy_into, memory_like
-from squareq_fx.lowering import lowered
-from squareq_fx.recording import Recorded, recorded
+from squareq_fx.lowering.lowered import lowered
+from squareq_fx.recording.cuda_graphs import Recorder, copy_into, memory_like
+from squareq_fx.recording.recorded import Recorded, recorded
 
 __all__ = ["PoisonRecorder", "record", "recordings"]
 

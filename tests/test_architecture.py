@@ -26,21 +26,17 @@ PACKAGES = {"squareq_fx": "squareq_fx", "squareq_fx.passes": "passes", "squareq_
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "kernels"),
     (
-        *("ir", "specs", "ops", "attention_rules", "attention_op", "blocks", "families"),
-        *("calls", "slab", "compute", "show", "explain", "draw"),
-        *("lora", "adapters", "checkpoint", "durable", "progress", "source_files", "identity"),
+        *("ir", "specs", "ops", "attention_rules", "attention_op", "blocks", "families", "calls", "compute"),
+        *("slab", "lora", "adapters", "checkpoint", "durable", "progress", "views"),
     ),
     (
         *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),
-        *("activity", "vjp", "pullback", "halves", "loss"),
-        *("lowering", "symbols", "decompositions", "inductor", "inductor_choices", "backends"),
-        *("pieces", "cuda_graphs", "replay", "recording"),
-        *("skeleton", "shape_rules", "tracing", "explicit", "capture"),
-        *("runtime", "weights", "binding", "calibration", "timings", "tuning", "stored", "program_cache"),
+        *("tracing", "capture", "gradients", "lowering", "recording"),
+        *("runtime", "weights", "binding", "auto", "stored"),
     ),
     ("pipeline",),
     ("passes",),
-    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "cached_graphs", "api", "demo", "cli", ""),
+    ("training", "adapter_methods", "compiled", "functional", "emit", "cached_graphs", "api", "demo", "cli", ""),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 

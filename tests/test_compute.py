@@ -20,8 +20,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import squareq_fx
-from squareq_fx import auto, cli, ops
-from squareq_fx.calibration import calibrate, inputs_id
+from squareq_fx import cli, ops
+from squareq_fx.auto import deciding as auto
+from squareq_fx.auto.calibration import calibrate, inputs_id
+from squareq_fx.auto.timings import machine
 from squareq_fx.cli import app
 from squareq_fx.compute import Decision, Decisions, Measured, decide, modes_of, role_of, slab_id
 from squareq_fx.errors import PassError, SquareQError
@@ -30,7 +32,6 @@ from squareq_fx.ir import functions, info, program
 from squareq_fx.kernels import dispatch
 from squareq_fx.passes import Quantize
 from squareq_fx.slab import Slab
-from squareq_fx.timings import machine
 from squareq_fx.weights import WeightValues
 
 SPEC = Spec(Residual(Mlp(16)), repeat=4)

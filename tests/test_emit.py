@@ -25,7 +25,7 @@ import squareq_fx
 from squareq_fx import BindingError, CaptureError, CompiledModule, RuntimeStateError, SlabError, SquareQError, ops
 from squareq_fx.emit import emit
 from squareq_fx.runtime import Runtime
-from squareq_fx.skeleton import skeleton
+from squareq_fx.tracing.skeleton import skeleton
 
 _FAMILIES = ("flux", "sdxl")
 _SPEC = Spec(Residual(Mlp(33)), repeat=3)

@@ -17,7 +17,7 @@ from squareq_fx.blocks import block_paths
 from squareq_fx.calls import flatten_call
 from squareq_fx.errors import CaptureError
 from squareq_fx.families import _FAMILIES, family_inputs
-from squareq_fx.skeleton import skeleton
+from squareq_fx.tracing.skeleton import skeleton
 
 # ------------------------------------------------------------------------------------------------------ blocks
 

@@ -94,7 +94,7 @@ from squareq_fx.ir import functions, info, program
 from squareq_fx.kernels.dispatch import int8_linear, int8_linear_parts
 from squareq_fx.passes import Quantize
 from squareq_fx.runtime import Runtime
-from squareq_fx.skeleton import skeleton
+from squareq_fx.tracing.skeleton import skeleton
 
 _BLOCK = Seq((Residual(Seq((Norm(), Attend()))), Residual(Mlp(53)), Residual(Gate())))
 _SPEC = Spec(_BLOCK, repeat=8, width=100, labels=True, visits=2)

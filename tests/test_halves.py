@@ -16,7 +16,7 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx import Lora, PassError, ops
 from squareq_fx.emit import emit
-from squareq_fx.halves import forward_only, halves
+from squareq_fx.gradients.halves import forward_only, halves
 from squareq_fx.ir import functions, info, program
 from squareq_fx.runtime import Runtime
 from squareq_fx.verify import check, check_lint, check_operations, check_values

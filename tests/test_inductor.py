@@ -24,14 +24,15 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import squareq_fx
-from squareq_fx import CompiledModule, SquareQError, inductor, ops
-from squareq_fx.decompositions import decompose
+from squareq_fx import CompiledModule, SquareQError, ops
 from squareq_fx.edit import call as call_op
 from squareq_fx.emit import emit
 from squareq_fx.inference import empty
 from squareq_fx.ir import fake_mode, functions
 from squareq_fx.kernels import reference
 from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS
+from squareq_fx.lowering import inductor
+from squareq_fx.lowering.decompositions import decompose
 
 SPEC = Spec(Seq((Residual(Seq((Norm(), Attend()))), Residual(Mlp(53)))), repeat=3, labels=True)
 BUCKETS = ((2, 5, 3), (1, 9, 4), (3, 4, 4), (1, 1, 2))
@@ -543,7 +544,7 @@ def test_long_rows_of_known_width_are_reduced_in_registers(
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
 
-    from squareq_fx.inductor_choices import RowsInRegisters
+    from squareq_fx.lowering.inductor_choices import RowsInRegisters
 
     class Features:
         reduction_numel = sympy.sympify(width)

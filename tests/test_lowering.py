@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from squareq_fx import ops
 from squareq_fx.ir import functions
-from squareq_fx.lowering import Lowered, lowered, unpacker
+from squareq_fx.lowering.lowered import Lowered, lowered, unpacker
 
 
 def _targets(gm: torch.fx.GraphModule) -> set[Any]:

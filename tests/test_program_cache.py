@@ -28,12 +28,12 @@ from torch import fx, nn
 
 import squareq_fx
 from squareq_fx import api
-from squareq_fx.identity import NoIdentityError, identity
 from squareq_fx.ir import Stage, program
 from squareq_fx.lora import Lora
 from squareq_fx.passes import default_passes
-from squareq_fx.program_cache import ProgramCache, program_key
 from squareq_fx.slab import Slab
+from squareq_fx.stored.cache import ProgramCache, program_key
+from squareq_fx.stored.identity import NoIdentityError, identity
 from squareq_fx.verify import check
 
 SPEC = EXAMPLES[3]
@@ -236,7 +236,7 @@ def test_another_slab_counts() -> None:
     "change",
     [
         lambda m: m.setattr(torch, "__version__", "9.9"),
-        lambda m: m.setattr("squareq_fx.program_cache.package_identity", lambda: "other"),
+        lambda m: m.setattr("squareq_fx.stored.cache.package_identity", lambda: "other"),
         lambda m: m.setattr("platform.python_version", lambda: "4.0"),
         lambda m: m.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False),
     ],
@@ -272,7 +272,7 @@ _PRINT_KEY = """
     import sys, torch
     sys.path.insert(0, sys.argv[1])
     from cache_model import Scaled
-    from squareq_fx.identity import identity
+    from squareq_fx.stored.identity import identity
     print(identity([Scaled()]))
 """
 

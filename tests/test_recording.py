@@ -21,13 +21,13 @@ from torch import fx, nn
 
 import squareq_fx
 from squareq_fx import CompiledModule, ops
-from squareq_fx.cuda_graphs import copy_into, memory_like
 from squareq_fx.emit import emit
 from squareq_fx.errors import RuntimeStateError, SquareQError
 from squareq_fx.ir import set_info
-from squareq_fx.lowering import lowered
-from squareq_fx.pieces import plan
-from squareq_fx.recording import Recorded, check_device, recorded
+from squareq_fx.lowering.lowered import lowered
+from squareq_fx.recording.cuda_graphs import copy_into, memory_like
+from squareq_fx.recording.pieces import plan
+from squareq_fx.recording.recorded import Recorded, check_device, recorded
 from squareq_fx.runtime import Runtime
 
 BLOCKS, NBYTES, SLOTS, WIDTH = 4, 64, 3, 4

@@ -20,10 +20,10 @@ from torch import fx, nn
 
 import squareq_fx
 from squareq_fx import CompiledModule, ops
-from squareq_fx.cuda_graphs import CudaRecorder
 from squareq_fx.emit import emit
 from squareq_fx.errors import RuntimeStateError
-from squareq_fx.recording import recorded
+from squareq_fx.recording.cuda_graphs import CudaRecorder
+from squareq_fx.recording.recorded import recorded
 from squareq_fx.runtime import Runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]

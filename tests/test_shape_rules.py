@@ -14,10 +14,10 @@ from models import EXAMPLES, Spec, few, specs
 from torch._dispatch.python import enable_python_dispatcher
 
 import squareq_fx
-from squareq_fx import tracing
 from squareq_fx.ir import program
-from squareq_fx.shape_rules import shape_rules
 from squareq_fx.specs import spec
+from squareq_fx.tracing import export as tracing
+from squareq_fx.tracing.shape_rules import shape_rules
 
 SIZE = st.integers(0, 5)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from models import EXAMPLES, make_slab, staged
 
 import squareq_fx
-from squareq_fx.auto import tune_kernels
+from squareq_fx.auto.deciding import tune_kernels
+from squareq_fx.auto.timings import Shape, Table, Timing, machine, microseconds, table_path
+from squareq_fx.auto.tuning import layer_times, tune, unique_shapes, use_known_tiles
 from squareq_fx.binding import Binding
 from squareq_fx.kernels import tiles
 from squareq_fx.kernels.tiles import row_bucket
 from squareq_fx.passes import Quantize
-from squareq_fx.timings import Shape, Table, Timing, machine, microseconds, table_path
-from squareq_fx.tuning import layer_times, tune, unique_shapes, use_known_tiles
 
 CPU = torch.device("cpu")
 SHAPE = Shape("int8_matmul", "bfloat16", 4608, 3072, 3072)
@@ -183,7 +183,7 @@ def test_times_of_layers_are_measured_once() -> None:
 
 
 def test_an_interrupted_measurement_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from squareq_fx import tuning
+    from squareq_fx.auto import tuning
 
     calls_made = []
 
@@ -251,7 +251,7 @@ def test_a_tile_that_computes_something_else_is_left_out(
     some_tiles: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As happened under one compiler, on one card: it would be the fastest here."""
-    from squareq_fx import tuning
+    from squareq_fx.auto import tuning
 
     class Fake:
         def __call__(self, tile: Any) -> Any:

@@ -14,12 +14,12 @@ from models import EXAMPLES, Function, staged
 from torch import nn
 
 from squareq_fx import Lora, ops
+from squareq_fx.gradients.pullback import recomputing, saving
+from squareq_fx.gradients.vjp import trace_vjp
 from squareq_fx.ir import fake_mode, functions, info, operation_name, program
 from squareq_fx.passes import Adapt, Outline
-from squareq_fx.pullback import recomputing, saving
 from squareq_fx.specs import spec as type_of
 from squareq_fx.verify import fingerprint
-from squareq_fx.vjp import trace_vjp
 
 WIDTH = 12
 ALL = Lora(rank=3, targets="all")

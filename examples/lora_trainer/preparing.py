@@ -18,10 +18,10 @@ from lora_trainer.cache import Cache, Takes, open_cache
 from lora_trainer.families import Family, family_of
 from lora_trainer.objectives import Diffusion, FlowMatching, Objective
 from lora_trainer.settings import Settings, check_same_run
-from squareq_fx.backends import check_backend
 from squareq_fx.checkpoint import latest_checkpoint
 from squareq_fx.errors import SquareQError
 from squareq_fx.lora import Lora
+from squareq_fx.lowering.backends import check_backend
 from squareq_fx.slab.paths import SlabPaths
 
 __all__ = ["Plan", "prepare"]

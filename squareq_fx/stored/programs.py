@@ -22,11 +22,11 @@ from torch import fx, nn
 
 from squareq_fx.errors import SquareQError
 from squareq_fx.ir import CallSpec, Program, Stage, fake_mode, program, set_program
-from squareq_fx.skeleton import plain_tensors
 from squareq_fx.stored.errors import DamagedError, UnstorableError
 from squareq_fx.stored.expressions import Symbols
 from squareq_fx.stored.graphs import GraphReader, GraphWriter
 from squareq_fx.stored.values import ValueReader, ValueWriter, decode_tree, encode_tree
+from squareq_fx.tracing.skeleton import plain_tensors
 
 __all__ = ["StoredStage", "read_program", "write_program"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from squareq_fx import ops
+from squareq_fx.auto.timings import Shape, Table, Timing, machine, microseconds
 from squareq_fx.ir import functions
 from squareq_fx.kernels import tiles
 from squareq_fx.kernels.tiles import FusedTile, MatmulTile, row_bucket
 from squareq_fx.kernels.trial import trial
 from squareq_fx.progress import count_bar
-from squareq_fx.timings import Shape, Table, Timing, machine, microseconds
 
 __all__ = ["layer_times", "tune", "unique_shapes", "use_known_tiles"]
 

@@ -12,9 +12,9 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from squareq_fx.cuda_graphs import Graph, Recorder, copy_into, memory_like
 from squareq_fx.errors import RuntimeStateError, SquareQError
-from squareq_fx.pieces import Plan, Step, arguments, evaluate
+from squareq_fx.recording.cuda_graphs import Graph, Recorder, copy_into, memory_like
+from squareq_fx.recording.pieces import Plan, Step, arguments, evaluate
 
 __all__ = ["Recording"]
 

@@ -24,12 +24,12 @@ from torch import fx, nn
 from squareq_fx.compute import slab_id
 from squareq_fx.durable import write_whole
 from squareq_fx.errors import SquareQError
-from squareq_fx.identity import NoIdentityError, identity
 from squareq_fx.ir import functions, info, program
 from squareq_fx.slab.reader import Slab
-from squareq_fx.source_files import package_identity
 from squareq_fx.specs import spec
 from squareq_fx.stored import DamagedError, UnstorableError, read_program, write_program
+from squareq_fx.stored.identity import NoIdentityError, identity
+from squareq_fx.stored.source_files import package_identity
 from squareq_fx.verify import check_lint, check_operations, check_residency
 
 __all__ = ["LIMIT_BYTES", "ProgramCache", "program_key"]

@@ -14,9 +14,9 @@ from squareq_fx.errors import CaptureError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, identifier, info, set_info
 from squareq_fx.ops import argument
-from squareq_fx.skeleton import plain_tensors
 from squareq_fx.specs import spec
-from squareq_fx.tracing import Skeleton
+from squareq_fx.tracing.export import Skeleton
+from squareq_fx.tracing.skeleton import plain_tensors
 
 __all__ = ["explicit", "relocate", "tied_names"]
 

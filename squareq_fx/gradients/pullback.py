@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from squareq_fx.edit import call
+from squareq_fx.gradients.vjp import Traced
 from squareq_fx.ir import info, set_info
 from squareq_fx.liveness import aliased_arguments
 from squareq_fx.specs import spec
-from squareq_fx.vjp import Traced
 
 __all__ = ["Pullback", "recomputing", "saving"]
 

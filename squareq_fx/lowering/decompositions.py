@@ -21,7 +21,7 @@ from torch import fx
 from squareq_fx import ops
 from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS
 from squareq_fx.kernels.reference import QMAX, SMALLEST_ROW
-from squareq_fx.symbols import hint
+from squareq_fx.lowering.symbols import hint
 
 __all__ = ["decompose"]
 

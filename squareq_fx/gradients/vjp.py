@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from squareq_fx import ops
-from squareq_fx.activity import has_floats, is_valueless, output_nodes, value_arguments
 from squareq_fx.errors import PassError
+from squareq_fx.gradients.activity import has_floats, is_valueless, output_nodes, value_arguments
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, identifier, info, model_source, operation_name, set_info
 from squareq_fx.liveness import aliased_arguments

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from squareq_fx.attention_op import attention_summary
-from squareq_fx.explain import compute_summary
 from squareq_fx.ir import functions, info
 from squareq_fx.specs import short_spec
+from squareq_fx.views.explain import compute_summary
 
 __all__ = ["diff", "show"]
 

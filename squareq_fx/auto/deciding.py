@@ -16,8 +16,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from squareq_fx import ops
+from squareq_fx.auto.calibration import LayerError, calibrate, inputs_id
+from squareq_fx.auto.timings import Shape, Table, machine
+from squareq_fx.auto.tuning import layer_times, tune, unique_shapes, use_known_tiles
 from squareq_fx.binding import Binding
-from squareq_fx.calibration import LayerError, calibrate, inputs_id
 from squareq_fx.calls import normalise_example
 from squareq_fx.compute import Decisions, Measured, decide
 from squareq_fx.errors import BindingError, SquareQError
@@ -26,8 +28,6 @@ from squareq_fx.ir import info, program
 from squareq_fx.passes import Canonicalize, Quantize
 from squareq_fx.slab.inputs import restore_inputs
 from squareq_fx.slab.reader import Slab
-from squareq_fx.timings import Shape, Table, machine
-from squareq_fx.tuning import layer_times, tune, unique_shapes, use_known_tiles
 
 __all__ = ["decisions_for", "tune_kernels", "usual_sizes"]
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 
-from squareq_fx.cuda_graphs import CudaRecorder, check_device
 from squareq_fx.errors import SquareQError
-from squareq_fx.inductor import Compilation, compile_function
 from squareq_fx.ir import functions
-from squareq_fx.lowering import Lowered, lowered
-from squareq_fx.recording import recorded
+from squareq_fx.lowering.inductor import Compilation, compile_function
+from squareq_fx.lowering.lowered import Lowered, lowered
+from squareq_fx.recording.cuda_graphs import CudaRecorder, check_device
+from squareq_fx.recording.recorded import recorded
 from squareq_fx.specs import spec
 
 __all__ = ["Backend", "Lowering", "check_backend"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from squareq_fx import ops
-from squareq_fx.activity import output_nodes
 from squareq_fx.edit import drop_unused_functions, finish
 from squareq_fx.errors import PassError
+from squareq_fx.gradients.activity import output_nodes
 from squareq_fx.ir import functions, info, program, set_info, update_program
 
 __all__ = ["Halves", "forward_only", "halves"]

@@ -12,13 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from squareq_fx import ops
-from squareq_fx.activity import output_nodes
 from squareq_fx.edit import add_function, add_input, call_function, finish
 from squareq_fx.errors import BindingError
+from squareq_fx.gradients.activity import output_nodes
+from squareq_fx.gradients.vjp import fresh, gradients_of, tracing
 from squareq_fx.inference import mode_of
 from squareq_fx.ir import clone, program, update_program
 from squareq_fx.verify import check_residency
-from squareq_fx.vjp import fresh, gradients_of, tracing
 
 __all__ = ["TracedLoss", "matched", "trace_loss", "with_loss"]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from squareq_fx.source_files import UnreadableError, sources
+from squareq_fx.stored.source_files import UnreadableError, sources
 
 __all__ = ["NoIdentityError", "identity"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from squareq_fx.cuda_graphs import CudaRecorder, Recorder, check_device, copy_into, memory_like
 from squareq_fx.errors import RuntimeStateError
-from squareq_fx.pieces import plan
-from squareq_fx.replay import Recording
+from squareq_fx.recording.cuda_graphs import CudaRecorder, Recorder, check_device, copy_into, memory_like
+from squareq_fx.recording.pieces import plan
+from squareq_fx.recording.replay import Recording
 
 __all__ = ["Recorded", "RecordingReport", "check_device", "recorded"]
 

@@ -20,12 +20,12 @@ from torch import fx, nn
 from torch.torch_version import TorchVersion
 
 from squareq_fx import ops
-from squareq_fx.decompositions import decompose
 from squareq_fx.errors import SquareQError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, model_source
-from squareq_fx.lowering import lowered, unpacker
-from squareq_fx.symbols import Fresh, Sizes, fresh, hint, sizes_of
+from squareq_fx.lowering.decompositions import decompose
+from squareq_fx.lowering.lowered import lowered, unpacker
+from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, sizes_of
 
 __all__ = ["Compilation", "CompiledFunction", "compile_function"]
 
@@ -176,7 +176,7 @@ def _compiled(body: fx.Graph, world: Fresh) -> Callable[..., Any]:
     from torch._inductor import standalone_compile
     from torch._inductor.virtualized import V
 
-    from squareq_fx.inductor_choices import RowsInRegisters  # late: loads Inductor
+    from squareq_fx.lowering.inductor_choices import RowsInRegisters  # late: loads Inductor
 
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}

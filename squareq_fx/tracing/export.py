@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from squareq_fx.calls import flatten_call
 from squareq_fx.errors import CaptureError
 from squareq_fx.ops import argument
-from squareq_fx.shape_rules import shape_rules
-from squareq_fx.skeleton import skeleton
+from squareq_fx.tracing.shape_rules import shape_rules
+from squareq_fx.tracing.skeleton import skeleton
 
 __all__ = ["Skeleton", "on_meta"]
 

@@ -1,0 +1,1 @@
+"""The backward as a graph: what has to be differentiated, one vector-Jacobian product a function, what it reads again."""

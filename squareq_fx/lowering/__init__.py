@@ -1,0 +1,1 @@
+"""What runs in place of the graph that is printed: our kernels called directly, each unique function compiled once."""
