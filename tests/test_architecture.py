@@ -32,11 +32,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),
         *("tracing", "capture", "gradients", "lowering", "recording"),
-        *("runtime", "weights", "binding", "auto", "stored"),
+        *("runtime", "weights", "binding", "stored"),
     ),
     ("pipeline",),
     ("passes",),
-    ("training", "adapter_methods", "compiled", "functional", "emit", "cached_graphs", "api", "demo", "cli", ""),
+    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "cached_graphs", "api", "demo", "cli", ""),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 
