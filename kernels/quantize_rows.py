@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,24 +13,26 @@ from squareq_fx.kernels.arguments import check_quantize_rows
 from squareq_fx.kernels.launch import is_interpreted, launch_device
 from squareq_fx.kernels.reference import SMALLEST_ROW
 
-__all__ = ["WIDEST", "launch", "quantize_rows", "tile_for"]
+__all__ = ["WIDEST", "RowTile", "launch", "quantize_rows", "tile_for"]
 
 WIDEST = 16384
 """Columns that one program holds in registers; a wider row is read twice."""
 
+_WIDE_BLOCK = 4096
+
 
 @triton.jit
-def _to_int8(x, inverse):
-    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, which Triton has no function for. The launch turns
-    # contraction off: fused into one step, product and sum would round otherwise than the definition.
-    steps = (x * inverse + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(steps, -127.0), 127.0).to(tl.int8)
+def _rounded(x, inverse):
+    # Adding 1.5 * 2^23 rounds to the nearest even integer n and leaves 0x4B400000 + n as bits, of which the lowest byte is n:
+    # that spares a conversion. No element is larger than the one its row's step was made from: that spares a clamp. The launch
+    # turns contraction off: fused into one step, product and sum would round otherwise than the definition.
+    return (x.to(tl.float32) * inverse + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _magnitude(x):
     # As integers, magnitudes compare as they do as floats, and NaN is the largest: a maximum of floats would drop it.
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -38,49 +43,92 @@ def _step(magnitude, SMALLEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _quantize_rows(
-    x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    M,
+    K,
+    stride_xm,
+    SMALLEST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EXCESS: tl.constexpr,  # of the bits of a row's rounded elements over their values, modulo 2^32
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_K)
-    inside = (rows < M)[:, None] & (cols < K)[None, :]
+    cols = tl.arange(0, BLOCK_K)[None, :]
     wide = rows.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + wide * stride_xm + cols[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    step = _step(tl.max(_magnitude(x), axis=1), SMALLEST)
-    q = _to_int8(x, tl.math.div_rn(1.0, step)[:, None])
-    tl.store(q_ptr + wide * K + cols[None, :], q, mask=inside)
-    total = tl.sum(q.to(tl.int32), axis=1)
+    blocks = ()
+    for i in tl.static_range(BLOCKS):  # all of them are on their way before the first is looked at
+        inside = (rows < M)[:, None] & (i * BLOCK_K + cols < K)
+        at = x_ptr + wide * stride_xm + (i * BLOCK_K + cols)
+        blocks = blocks + (tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005 - no stars in Triton
+    top = _magnitude(blocks[0])
+    for i in tl.static_range(1, BLOCKS):
+        top = tl.maximum(top, _magnitude(blocks[i]))
+    step = _step(tl.max(top, axis=1), SMALLEST)
+    inverse = tl.math.div_rn(1.0, step)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
+    for i in tl.static_range(BLOCKS):
+        bits = _rounded(blocks[i], inverse)
+        total += bits
+        inside = (rows < M)[:, None] & (i * BLOCK_K + cols < K)
+        tl.store(q_ptr + wide * K + (i * BLOCK_K + cols), bits.to(tl.int8), mask=inside)
     tl.store(s_ptr + 2 * rows, step, mask=rows < M)
-    tl.store(s_ptr + 2 * rows + 1, total.to(tl.float32), mask=rows < M)
+    tl.store(s_ptr + 2 * rows + 1, (tl.sum(total, axis=1) - EXCESS).to(tl.float32), mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _quantize_wide_rows(x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr):
+def _quantize_wide_rows(
+    x_ptr, q_ptr, s_ptr, M, K, stride_xm, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr, EXCESS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
     top = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0)
         top = tl.maximum(top, _magnitude(x))
     step = _step(tl.max(top, axis=0), SMALLEST)
     inverse = tl.math.div_rn(1.0, step)
     total = tl.zeros((BLOCK_K,), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0).to(tl.float32)
-        q = _to_int8(x, inverse)
-        total += q.to(tl.int32)
-        tl.store(q_ptr + row * K + k + cols, q, mask=cols < K - k)
+        x = tl.load(x_ptr + row * stride_xm + k + cols, mask=cols < K - k, other=0.0)
+        bits = _rounded(x, inverse)
+        total += bits
+        tl.store(q_ptr + row * K + k + cols, bits.to(tl.int8), mask=cols < K - k)
     tl.store(s_ptr + 2 * row, step)
-    tl.store(s_ptr + 2 * row + 1, tl.sum(total, axis=0).to(tl.float32))
+    tl.store(s_ptr + 2 * row + 1, (tl.sum(total, axis=0) - EXCESS).to(tl.float32))
 
 
 INTERPRETED = is_interpreted(_quantize_rows)
 
 
-def tile_for(columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program for rows of that many columns: the best of four to ten each on an H200."""
+class RowTile(NamedTuple):
+    """What one program of `_quantize_rows` has: whole rows, in blocks of a power of two of columns, and warps."""
+
+    rows: int
+    columns: int
+    blocks: int
+    warps: int
+
+
+@functools.cache
+def tile_for(columns: int) -> RowTile:
+    """The tile for rows of so many columns: blocks that leave few lanes idle, and few warps, each with much on its way.
+
+    A lane reads eight columns at a time, and keeps at most 128.
+    """
     width = max(16, triton.next_power_of_2(columns))
-    height = max(1, 1024 // width)
-    return height, width, 1 if width <= 1024 else 2 if width <= 4096 else 4
+    narrower = [size for size in (1024, 512, 256, 128) if width > size >= columns / 16]
+    best = min((width if width <= 4096 else 4096, *narrower), key=lambda size: (-(-columns // size) * size, -size))
+    held = -(-columns // best) * best
+    warps = 1 if held <= 4096 else 2 if held <= 8192 else 4
+    return RowTile(max(1, 256 // best, 512 // held), best, held // best, warps)
+
+
+def _excess(elements: int) -> int:
+    """The sum of so many 0x4B400000, as the int32 it wraps to."""
+    return (elements * 0x4B400000 + 2**31) % 2**32 - 2**31
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,8 +145,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return launch(x)
 
 
-def launch(x: torch.Tensor, tile: tuple[int, int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of an argument that was checked already; tile: (rows, columns, warps), for measuring."""
+def launch(x: torch.Tensor, tile: RowTile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of an argument that was checked already; tile: another than `tile_for` has, for measuring."""
     columns, rows = x.shape[-1], x.shape[:-1].numel()
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device)
@@ -110,13 +158,15 @@ def launch(x: torch.Tensor, tile: tuple[int, int, int] | None = None) -> tuple[t
         x2 = x2.contiguous()
     with launch_device(x, INTERPRETED):
         if columns > WIDEST:
+            excess = _excess(triton.cdiv(columns, _WIDE_BLOCK) * _WIDE_BLOCK)
             _quantize_wide_rows[(rows,)](
-                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, 4096, num_warps=8, enable_fp_fusion=False
-            )
+                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, _WIDE_BLOCK, excess,
+                num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
         else:
-            height, width, warps = tile or tile_for(columns)
-            grid = (triton.cdiv(rows, height),)
-            _quantize_rows[grid](
-                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, height, width, num_warps=warps, enable_fp_fusion=False
-            )
+            height, width, blocks, warps = tile or tile_for(columns)
+            _quantize_rows[(triton.cdiv(rows, height),)](
+                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, height, width, blocks, _excess(width * blocks),
+                num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
     return q, scale

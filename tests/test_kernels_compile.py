@@ -174,7 +174,10 @@ def test_the_kernels_bound_by_memory(dtype: str, target: int) -> None:
         constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages}
         compiled(int8_gemv._int8_gemv, types, constants, warps, target=target)
     types = {"x_ptr": f"*{dtype}"}
-    height, width, warps = quantize_rows.tile_for(3072)
-    constants = {"SMALLEST": 1e-30, "BLOCK_M": height, "BLOCK_K": width}
-    compiled(quantize_rows._quantize_rows, types, constants, warps, target=target)
-    compiled(quantize_rows._quantize_wide_rows, types, {"SMALLEST": 1e-30, "BLOCK_K": 4096}, 8, target=target)
+    for columns in (640, 3072, 15360):
+        tile = quantize_rows.tile_for(columns)
+        constants = {"SMALLEST": 1e-30, "BLOCK_M": tile.rows, "BLOCK_K": tile.columns, "BLOCKS": tile.blocks, "EXCESS": 1}
+        kernel = compiled(quantize_rows._quantize_rows, types, constants, tile.warps, target=target)
+        assert re.search(r"ld\.global\S*evict_first\S*\.v4", kernel.asm["ptx"]) and "cvt.rzi" not in kernel.asm["ptx"]
+    constants = {"SMALLEST": 1e-30, "BLOCK_K": 4096, "EXCESS": 0}
+    compiled(quantize_rows._quantize_wide_rows, types, constants, 8, target=target)
