@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from squareq_fx import CompiledModule
+from squareq_fx import CompiledModule, forecast
 
 __all__ = ["Arm", "Step", "add_peft", "compare", "held", "random_values", "resident_unchanged"]
 
@@ -23,7 +24,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Step:
     """One LoRA step. Times in ms; `step_ms` is forward, loss and backward. Memory in GiB, over what was held before the arm
-    was made; None without CUDA. Bytes and stalls are those of the runtime's reports, 0 where nothing streams.
+    was made; None without CUDA. Bytes and stalls are those of the runtime's reports, 0 where nothing streams. The forecast is
+    `squareq_fx.forecast`'s, with AdamW's states; None for a peer.
     """
 
     arm: str
@@ -38,6 +40,7 @@ class Step:
     copy_ms: float
     stall_ms: float
     stalls: int
+    forecast_gib: float | None = None
 
 
 def held(device: torch.device) -> tuple[int, int]:
@@ -79,7 +82,7 @@ class Arm:
     def step(self) -> Step:
         """Forward, loss, backward, AdamW; the gradients are gone afterwards."""
         device = self.target.device
-        on_card = device.type == "cuda"
+        on_card, expected = device.type == "cuda", self.forecast_gib
         if on_card:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -109,7 +112,17 @@ class Arm:
             copy_ms=sum(report.timing.copy_ms for report in reports),
             stall_ms=sum(report.timing.stall_ms for report in reports),
             stalls=sum(report.timing.stalls for report in reports),
+            forecast_gib=expected,
         )
+
+    @functools.cached_property
+    def forecast_gib(self) -> float | None:
+        """What a step holds over what was held before the arm was made, as far as it can be told before the first."""
+        if not isinstance(self.module, CompiledModule):
+            return None
+        found = forecast(self.module, self.call, training=True)
+        states = 2 * sum(parameter.nbytes for parameter in self.adapters.values())
+        return (found.peak - found.inputs + states) / GIB
 
     def loss_and_gradients(self, between: Callable[[], object] = lambda: None) -> torch.Tensor:
         """The mean squared error; `between` is called once forward and loss are queued."""

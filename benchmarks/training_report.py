@@ -11,7 +11,7 @@ __all__ = ["headline", "medians", "report"]
 Entry = dict[str, Any]
 _TIMES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "moved_gib", "copy_ms", "stall_ms", "stalls")
 _TIMED = ("arm", "step ms (10 to 90 %)", "forward", "backward", "AdamW", "of peer", "GiB moved", "copies", "stalled", "stalls")
-_ALONE = ("run", "arm", "steps", "step ms", "peak GiB, step 2", "last", "reserved GiB, last", "loss, first", "last")
+_ALONE = ("run", "arm", "steps", "step ms", "peak GiB, step 2", "last", "forecast", "reserved GiB, last", "loss, first", "last")
 _GRADIENTS = ("pair", "tensors", "missing", "zero", "least cosine", "median", "loss")
 PEAK_LIMITS = {"flux": 5.0, "sdxl": 4.0}  # GiB, streamed
 STEP_LIMIT = 1.15  # streamed over resident
@@ -34,7 +34,7 @@ def report(entries: Sequence[Entry]) -> str:
         "`max_memory_reserved` of a step, less what was held before the arm was made. The peer is the model with the slab's",
         "dequantised weights, resident, in eager mode, with PEFT's LoRA and gradient checkpointing; its attention may be",
         "flash, memory-efficient or plain, and its adapters have the model's dtype, as `add_adapter` makes them. Ours have",
-        "float32 masters.",
+        "float32 masters. The forecast is what `squareq_fx.forecast` said before the first step, AdamW's states added.",
     ]
     for model in models:
         lines += ["", *_model([e for e in entries if e.get("model") == model], model)]
@@ -181,6 +181,7 @@ def _memory_row(run: str, arm: str, steps: Sequence[Entry]) -> list[str]:
         f"{statistics.median(step['step_ms'] for step in steps[1:] or steps):.1f}",
         _gib(second["peak_gib"]),
         _gib(last["peak_gib"]),
+        _gib(last.get("forecast_gib")),
         _gib(last["reserved_gib"]),
         f"{steps[0]['loss']:.5f}",
         f"{last['loss']:.5f}",

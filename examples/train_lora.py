@@ -24,6 +24,7 @@ import typer
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from lora_trainer.data import Batches
+from lora_trainer.memory import check_memory, forecast_run
 from lora_trainer.objectives import loss_of
 from lora_trainer.preparing import Plan, prepare
 from lora_trainer.reporting import Reporter, bucket_table
@@ -52,7 +53,9 @@ def train(settings: Settings) -> None:
     _seed(settings.seed)
     gm = compile_model(settings, plan)
     parameters = [parameter for parameter in gm.parameters() if parameter.requires_grad]
-    console.print(f"{len(parameters)} tensors to train, {sum(p.numel() for p in parameters):,} numbers")
+    trained = sum(p.numel() for p in parameters)
+    console.print(f"{len(parameters)} tensors to train, {trained:,} numbers")
+    console.print(check_memory(forecast_run(gm, settings, plan), trained, settings, free_memory(gm.device)))
 
     optimizer = make_optimizer(settings, parameters)
     scheduler = get_scheduler(
@@ -172,6 +175,13 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
 def peak_memory(device: torch.device) -> dict[str, float]:
     """The most GiB torch had at once on a CUDA device."""
     return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device that this process can still have, those its allocator keeps included."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def _seed(seed: int) -> None:

@@ -62,8 +62,9 @@ def _quantize_rows(
     for i in tl.static_range(BLOCKS):  # all of them are on their way before the first is looked at
         inside = (rows < M)[:, None] & (i * BLOCK_K + cols < K)
         at = x_ptr + wide * stride_xm + (i * BLOCK_K + cols)
-        blocks = blocks + (tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005 - no stars in Triton
-    top = _magnitude(blocks[0])
+        x = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+        blocks = blocks + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no stars
+    top = _magnitude(blocks[0])  # type: ignore[misc]
     for i in tl.static_range(1, BLOCKS):
         top = tl.maximum(top, _magnitude(blocks[i]))
     step = _step(tl.max(top, axis=1), SMALLEST)

@@ -24,6 +24,7 @@ from squareq_fx.errors import (
 from squareq_fx.functional import value_and_grad
 from squareq_fx.inlining import inline
 from squareq_fx.lora import Lora
+from squareq_fx.memory.forecast import Forecast, forecast
 from squareq_fx.passes import default_passes, insert_after
 from squareq_fx.pipeline import run
 from squareq_fx.slab import Slab, build_slab, open_slab
@@ -37,6 +38,7 @@ __all__ = [
     "CaptureError",
     "CompiledModule",
     "Decisions",
+    "Forecast",
     "Lora",
     "PassError",
     "RuntimeStateError",
@@ -52,6 +54,7 @@ __all__ = [
     "diff",
     "draw",
     "explain",
+    "forecast",
     "inline",
     "insert_after",
     "latest_checkpoint",

@@ -36,7 +36,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("pipeline",),
     ("passes",),
-    ("training", "adapter_methods", "compiled", "functional", "emit", "auto", "cached_graphs", "api", "demo", "cli", ""),
+    (
+        *("training", "adapter_methods", "compiled", "functional", "emit", "memory", "auto"),
+        *("cached_graphs", "api", "demo", "cli", ""),
+    ),
 )
 """Rooms (a module, or a package with all that is in it) from the ground up; "" is `squareq_fx/__init__.py`.
 

@@ -19,8 +19,6 @@ from squareq_fx.demo.report import (
     PassRow,
     Report,
     Similarity,
-    format_bytes,
-    format_seconds,
     highlight,
     render,
     write_report,
@@ -218,9 +216,3 @@ def test_similarity_of_known_vectors() -> None:
     assert off.relative_l2 == pytest.approx(0.1) and off.largest == pytest.approx(0.5)
     with pytest.raises(ValueError, match="shapes differ"):
         Similarity.of("x", torch.ones(2), torch.ones(2, 1))
-
-
-def test_units() -> None:
-    assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 20, 5 << 30)] == [
-        "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]  # fmt: skip
-    assert [format_seconds(s) for s in (0.0123, 3.21)] == ["12 ms", "3.2 s"]

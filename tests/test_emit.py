@@ -26,6 +26,7 @@ from squareq_fx import BindingError, CaptureError, CompiledModule, RuntimeStateE
 from squareq_fx.emit import emit
 from squareq_fx.runtime import Runtime
 from squareq_fx.tracing.skeleton import skeleton
+from squareq_fx.views.units import format_bytes, format_seconds
 
 _FAMILIES = ("flux", "sdxl")
 _SPEC = Spec(Residual(Mlp(33)), repeat=3)
@@ -478,3 +479,9 @@ def test_gate12_poisoned_arena_gives_the_same_bits() -> None:
         module.runtime.shutdown()
     finally:
         module.runtime = original
+
+
+def test_units() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 20, 5 << 30)] == [
+        "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]  # fmt: skip
+    assert [format_seconds(s) for s in (0.0123, 3.21)] == ["12 ms", "3.2 s"]

@@ -22,6 +22,7 @@ import typer
 from diffusers import DiffusionPipeline
 from example_pipelines import EXAMPLES, cache_latents, save_pictures, save_pipeline, train_lora
 from lora_trainer.data import Batches
+from lora_trainer.memory import check_memory, forecast_run
 from lora_trainer.objectives import Diffusion, FlowMatching, loss_of
 from lora_trainer.preparing import prepare
 from lora_trainer.settings import Settings, check_same_run, write_settings
@@ -382,3 +383,24 @@ def test_on_a_gpu(root: Path, tmp_path: Path, family: str) -> None:
     assert all(tensor.isfinite().all() for tensor in adapter.values())
     assert len(os.listdir(tmp_path / "samples")) == 3
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize("family", ("sdxl", "flux"))
+def test_the_memory_of_the_largest_batch_is_told_before_the_first_step(root: Path, tmp_path: Path, family: str) -> None:
+    chosen = settings(root, family, tmp_path / "run")
+    plan = prepare(chosen)
+    gm = train_lora.compile_model(chosen, plan)
+    state = torch.random.get_rng_state()
+    found = forecast_run(gm, chosen, plan)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    smaller = forecast_run(gm, dataclasses.replace(chosen, batch_size=1), plan)
+    assert found.arena == smaller.arena and found.activations > 1.5 * smaller.activations
+    trained = sum(p.numel() for p in gm.adapter_parameters().values())
+    text = check_memory(found, trained, chosen, None)
+    assert text.startswith("the largest batch will hold 0.00 GiB") and str(found) in text
+    needed = found.peak + 12 * trained
+    assert check_memory(found, trained, chosen, needed) == text
+    with pytest.raises(SquareQError, match=r"The card has 0\.00 GiB free\. Try a smaller --batch-size"):
+        check_memory(found, trained, chosen, needed - 1)
+    assert "fused code holds less" in check_memory(found, trained, dataclasses.replace(chosen, backend="inductor"), needed - 1)
+    gm.shutdown()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,42 @@ class Bounds:
     top_level_nodes: int
     attention: dict[str, int]
     """Leaf names of the attention layers, and how many there are of each."""
+    call: Callable[[int], dict[str, object]]
+    """What it is called with at so many pixels a side, on `meta`."""
+    widest: Callable[[int], int]
+    """Bytes of one activation of the blocks that have most."""
 
 
 _SDXL = dict.fromkeys(("to_q", "to_k", "to_v", "to_out.0"), 140)
 _FLUX = dict.fromkeys(("to_q", "to_k", "to_v"), 57)
 _FLUX |= dict.fromkeys(("to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), 19)
-BOUNDS = {"sdxl": Bounds(743, 20, 150, _SDXL), "flux": Bounds(504, 8, 200, _FLUX)}
+
+
+def _of_sdxl(side: int) -> dict[str, object]:
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    added = {"text_embeds": torch.empty(1, 1280, **kind), "time_ids": torch.empty(1, 6, **kind)}
+    sample, text = torch.empty(1, 4, side // 8, side // 8, **kind), torch.empty(1, 77, 2048, **kind)
+    return {"sample": sample, "timestep": 500, "encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
+def _of_flux(side: int) -> dict[str, object]:
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    tokens = (side // 16) ** 2
+    return {
+        "hidden_states": torch.empty(1, tokens, 64, **kind),
+        "encoder_hidden_states": torch.empty(1, 512, 4096, **kind),
+        "pooled_projections": torch.empty(1, 768, **kind),
+        "timestep": torch.empty(1, device="meta"),
+        "guidance": torch.empty(1, device="meta"),
+        "img_ids": torch.empty(tokens, 3, device="meta"),
+        "txt_ids": torch.empty(512, 3, device="meta"),
+    }
+
+
+BOUNDS = {
+    "sdxl": Bounds(743, 20, 150, _SDXL, _of_sdxl, lambda side: (side // 16) ** 2 * 640 * 2),
+    "flux": Bounds(504, 8, 200, _FLUX, _of_flux, lambda side: ((side // 16) ** 2 + 512) * 3072 * 2),
+}
 MODELS = {"sdxl": sdxl_unet, "flux": flux_dev}
 
 
@@ -133,6 +164,17 @@ def test_every_weight_of_the_slab_is_streamed_once(compiled: Compiled) -> None:
     loads = [node for node in compiled.module.graph.nodes if node.target is ops.load]
     evicts = [node for node in compiled.module.graph.nodes if node.target is ops.evict]
     assert len(loads) == len(evicts) == len(record.segments)
+
+
+@pytest.mark.parametrize("side", (1024, 512))
+def test_memory_is_forecast_in_seconds(compiled: Compiled, side: int) -> None:
+    start = time.perf_counter()
+    found = squareq_fx.forecast(compiled.module, compiled.bounds.call(side))
+    print(f"{side}x{side} in {time.perf_counter() - start:.1f} s: {found}")
+    assert time.perf_counter() - start < 15.0
+    assert compiled.module.runtime is not None and found.arena == compiled.module.runtime.arena_bytes
+    assert 8 * compiled.bounds.widest(side) < found.activations < 32 * compiled.bounds.widest(side)
+    assert "transformer_blocks_" in found.at[0] and f"B at {found.at[0]} ({found.at[1]}): arena " in str(found)
 
 
 def test_compiles_in_forty_seconds(compiled: Compiled) -> None:

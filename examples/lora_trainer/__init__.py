@@ -6,6 +6,8 @@
     objectives  noise in, target out
     data        the order of the batches
     settings    every option, and what can be wrong with them
+    preparing   everything but the weights looked at, before anything is compiled
+    memory      what the run will hold on the card
     sampling    pictures while it trains
     reporting   progress bar and TensorBoard
 """

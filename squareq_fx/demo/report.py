@@ -20,13 +20,12 @@ from squareq_fx.demo import figures, finetune_figures
 from squareq_fx.demo.figures import LayerFidelity
 from squareq_fx.demo.results import FineTuning, SizeRow
 from squareq_fx.demo.timeline import Timeline
+from squareq_fx.views.units import format_bytes, format_seconds
 
 __all__ = [
     "PassRow",
     "Report",
     "Similarity",
-    "format_bytes",
-    "format_seconds",
     "highlight",
     "render",
     "write_report",
@@ -127,20 +126,6 @@ def write_report(report: Report, path: Path) -> Path:
         os.unlink(temporary)
         raise
     return path
-
-
-def format_bytes(nbytes: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """0.0123 -> '12 ms', 3.21 -> '3.2 s'."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def highlight(code: str) -> str:

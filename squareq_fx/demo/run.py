@@ -21,7 +21,7 @@ from squareq_fx.demo.figures import LayerFidelity
 from squareq_fx.demo.finetune import Recipe
 from squareq_fx.demo.judge import agreement, judge_available
 from squareq_fx.demo.model import MODEL_DIR, load_digits_model
-from squareq_fx.demo.report import PassRow, Report, Similarity, format_bytes, write_report
+from squareq_fx.demo.report import PassRow, Report, Similarity, write_report
 from squareq_fx.demo.results import SizeRow
 from squareq_fx.demo.sampling import CLASSES, SIZE, STEPS, TIMESTEPS, grid_labels, sample_digits
 from squareq_fx.demo.stages import Stages
@@ -30,6 +30,7 @@ from squareq_fx.emit import CompiledModule
 from squareq_fx.ir import functions
 from squareq_fx.runtime import StepReport
 from squareq_fx.slab import Slab
+from squareq_fx.views.units import format_bytes
 
 __all__ = ["run_demo"]
 
