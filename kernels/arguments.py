@@ -121,16 +121,23 @@ def check_parts(qweight: torch.Tensor, parts: int) -> None:
         raise ValueError(f"qweight {tuple(qweight.shape)} cannot be {parts} layers of equal height")
 
 
-def check_quantize_rows(x: torch.Tensor) -> None:
-    """Check quantize_rows' argument: x [..., K] float.
+def check_quantize_rows(x: torch.Tensor, beside: torch.Tensor | None = None) -> None:
+    """Check quantize_rows' arguments: x [..., K] float, beside [..., L] of its dtype and rows.
 
     Raises:
-        TypeError, ValueError: x has another dtype, or no dimension.
+        TypeError, ValueError: x has another dtype, or no dimension; beside is of another dtype, device or number of rows.
     """
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a tensor without dimensions")
+    if beside is None:
+        return
+    if beside.dtype != x.dtype:
+        raise TypeError(f"beside must be {x.dtype} as x is, got {beside.dtype}")
+    if beside.device != x.device or beside.dim() < 1 or beside.shape[:-1] != x.shape[:-1]:
+        wanted, got = f"{tuple(x.shape)} on {x.device}", f"{tuple(beside.shape)} on {beside.device}"
+        raise ValueError(f"beside must be [..., L] with the rows of x {wanted}, got {got}")
 
 
 def check_matmul(

@@ -141,27 +141,28 @@ def run_int8_linear_parts(
     return y.unflatten(-1, (parts, out_features)).movedim(-2, 0).contiguous()
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """reference.quantize_rows by the fastest kernel for x's device.
 
     Args:
         x: [..., K] bf16, fp16 or fp32, any strides.
+        beside: [..., L] of the same dtype, any strides, or None.
     Returns:
-        xq int8 [..., K], contiguous; sx float32 [..., 2], step and sum of each row.
+        xq int8 [..., K + L], contiguous; sx float32 [..., 2], step and sum of each row.
     Raises:
-        TypeError, ValueError: x has another dtype or no dimension.
+        TypeError, ValueError: x has another dtype or no dimension, or beside does not fit it.
         RuntimeError: Triton is needed and missing.
     """
-    check_quantize_rows(x)
-    return run_quantize_rows(x)
+    check_quantize_rows(x, beside)
+    return run_quantize_rows(x, beside)
 
 
-def run_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_quantize_rows(x: torch.Tensor, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows` of arguments that were checked already."""
     if not x.is_cuda and not _is_interpreting():
-        xq, sx = reference.quantize_rows(x)
+        xq, sx = reference.quantize_rows(x, beside)
         return xq.contiguous(), sx.contiguous()
-    return _triton_module("quantize_rows").launch(x)
+    return _triton_module("quantize_rows").launch(x, beside)
 
 
 def int8_matmul(

@@ -44,15 +44,18 @@ def _step(magnitude, SMALLEST: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _quantize_rows(
     x_ptr,
+    beside_ptr,
     q_ptr,
     s_ptr,
     M,
     K,
     stride_xm,
+    stride_bm,
     SMALLEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,  # blocks of x; the others are beside's
     EXCESS: tl.constexpr,  # of the bits of a row's rounded elements over their values, modulo 2^32
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -61,7 +64,10 @@ def _quantize_rows(
     blocks = ()
     for i in tl.static_range(BLOCKS):  # all of them are on their way before the first is looked at
         inside = (rows < M)[:, None] & (i * BLOCK_K + cols < K)
-        at = x_ptr + wide * stride_xm + (i * BLOCK_K + cols)
+        if i < FIRST:
+            at = x_ptr + wide * stride_xm + (i * BLOCK_K + cols)
+        else:
+            at = beside_ptr + wide * stride_bm + ((i - FIRST) * BLOCK_K + cols)
         x = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
         blocks = blocks + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no stars
     top = _magnitude(blocks[0])  # type: ignore[misc]
@@ -114,13 +120,25 @@ class RowTile(NamedTuple):
 
 
 @functools.cache
-def tile_for(columns: int) -> RowTile:
+def tile_for(columns: int, first: int | None = None) -> RowTile | None:
     """The tile for rows of so many columns: blocks that leave few lanes idle, and few warps, each with much on its way.
 
     A lane reads eight columns at a time, and keeps at most 128.
+
+    Args:
+        first: how many of the columns are x's, which must be whole blocks; None if all are.
+    Returns:
+        None if no tile has such blocks.
     """
+    if columns > WIDEST:
+        return None
     width = max(16, triton.next_power_of_2(columns))
     narrower = [size for size in (1024, 512, 256, 128) if width > size >= columns / 16]
+    if first is not None:
+        narrower = [size for size in narrower if first % size == 0]
+        if not narrower:
+            return None
+        width = narrower[0]
     best = min((width if width <= 4096 else 4096, *narrower), key=lambda size: (-(-columns // size) * size, -size))
     held = -(-columns // best) * best
     warps = 1 if held <= 4096 else 2 if held <= 8192 else 4
@@ -132,42 +150,54 @@ def _excess(elements: int) -> int:
     return (elements * 0x4B400000 + 2**31) % 2**32 - 2**31
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """reference.quantize_rows bit for bit.
 
     Args:
         x: [..., K] bf16, fp16 or fp32, any strides.
+        beside: [..., L] of the same dtype, any strides, or None.
     Returns:
-        xq int8 [..., K], contiguous; sx float32 [..., 2], step and sum of each row.
+        xq int8 [..., K + L], contiguous; sx float32 [..., 2], step and sum of each row.
     Raises:
-        TypeError, ValueError: x has another dtype, no dimension, or is not on a CUDA device.
+        TypeError, ValueError: x has another dtype, no dimension, or is not on a CUDA device; beside does not fit it.
     """
-    check_quantize_rows(x)
-    return launch(x)
+    check_quantize_rows(x, beside)
+    return launch(x, beside)
 
 
-def launch(x: torch.Tensor, tile: RowTile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of an argument that was checked already; tile: another than `tile_for` has, for measuring."""
-    columns, rows = x.shape[-1], x.shape[:-1].numel()
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def launch(
+    x: torch.Tensor, beside: torch.Tensor | None = None, tile: RowTile | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of arguments that were checked already; tile: another than `tile_for` has, for measuring."""
+    columns, rows = x.shape[-1] + (0 if beside is None else beside.shape[-1]), x.shape[:-1].numel()
+    q = torch.empty((*x.shape[:-1], columns), dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
+    if q.numel() == 0:
         scale[..., 0], scale[..., 1] = 1.0, 0.0
         return q, scale
-    x2 = x.reshape(rows, columns)
-    if x2.stride(1) != 1:
-        x2 = x2.contiguous()
+    tile = tile or tile_for(columns, None if beside is None else x.shape[-1])
+    if beside is not None and tile is None:  # no block may hold columns of both
+        return launch(torch.cat((x, beside), dim=-1))
+    x2 = _as_rows(x, rows)
+    other = x2 if beside is None else _as_rows(beside, rows)
     with launch_device(x, INTERPRETED):
-        if columns > WIDEST:
+        if tile is None:
             excess = _excess(triton.cdiv(columns, _WIDE_BLOCK) * _WIDE_BLOCK)
             _quantize_wide_rows[(rows,)](
                 x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, _WIDE_BLOCK, excess,
                 num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            height, width, blocks, warps = tile or tile_for(columns)
+            height, width, blocks, warps = tile
+            first = blocks if beside is None else x.shape[-1] // width
             _quantize_rows[(triton.cdiv(rows, height),)](
-                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, height, width, blocks, _excess(width * blocks),
+                x2, other, q, scale, rows, columns, x2.stride(0), other.stride(0),
+                SMALLEST_ROW, height, width, blocks, first, _excess(width * blocks),
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return q, scale
+
+
+def _as_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    flat = x.reshape(rows, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -135,20 +135,23 @@ def int8_linear_dx(
     return torch.matmul(dy.to(torch.float32), weight).to(dy.dtype)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8, one scale for each row of activations: LLM.int8() (arXiv 2208.07339), section 2.1.
 
     Args:
         x: [..., K] bf16, fp16 or fp32.
+        beside: [..., L] of the same dtype: further columns of the same rows, to the right of x; or None, for L = 0.
     Returns:
-        xq int8 [..., K] in -127..127: x times the reciprocal of a row's step, to the nearest even; sx float32 [..., 2]: the
+        xq int8 [..., K + L] in -127..127: x times the reciprocal of a row's step, to the nearest even; sx float32 [..., 2]: the
         value of one step, which is the row's largest magnitude over 127, or 1.0 where that magnitude is below 1e-30, and the
         sum of the row of xq, which a weight's zero points are multiplied with (arXiv 1712.05877, section 2.3). A row with NaN
         or Inf has a step that is not finite.
     Raises:
-        TypeError, ValueError: x has another dtype or no dimension.
+        TypeError, ValueError: x has another dtype or no dimension, or beside does not fit it.
     """
-    check_quantize_rows(x)
+    check_quantize_rows(x, beside)
+    if beside is not None:
+        x = torch.cat((x, beside), dim=-1)
     rows = x.to(torch.float32)
     top = rows.abs().amax(dim=-1) if x.shape[-1] else rows.new_zeros(x.shape[:-1])
     step = torch.where(top < SMALLEST_ROW, torch.ones_like(top), top / torch.full_like(top, QMAX))  # NaN and Inf go through

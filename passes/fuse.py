@@ -31,7 +31,12 @@ _SELECT = torch.ops.aten.select.int
 class Fuse:
     """Fewer and larger INT8 products inside every function.
 
-    Equal `quantize_rows` and `unpack` become one (always). Then, for layers of one height that read one input and whose rows
+    Equal `quantize_rows` and `unpack` become one, and two tensors side by side that one `quantize_rows` alone reads are not
+    put together (always):
+
+        y = aten.cat([attn, mlp], 2);  xq, sx = squareq.quantize_rows(y)     ->     xq, sx = squareq.quantize_rows(attn, mlp)
+
+    Then, for layers of one height that read one input and whose rows
     lie side by side in the block's buffer (`segment_layout` puts q, k and v so):
 
         q = squareq.int8_matmul(xq, sx, to_q_qweight, ...)      y = squareq.int8_matmul(xq, sx, to_q_k_v_qweight, ..., parts=3)
@@ -69,6 +74,7 @@ class Fuse:
         for function in functions(gm).values():
             function.graph.eliminate_dead_code()
             _share(function.graph)
+            _read_both(function.graph)
             if self.merge:
                 for products in _neighbours(function.graph):
                     _merge(function.graph, products)
@@ -129,6 +135,20 @@ def _share(graph: fx.Graph) -> None:
         if first is not node:
             set_info(first, layer=join_layers([*layers(first), *layers(node)]))
             replace(node, first)
+
+
+def _read_both(graph: fx.Graph) -> None:
+    """Rows that were put together to be quantised are quantised where they are."""
+    for node in graph.find_nodes(op="call_function", target=ops.quantize_rows):
+        whole = node.args[0]
+        if whole.target is not torch.ops.aten.cat.default or set(whole.users) != {node}:
+            continue
+        given, val = arguments(whole), whole.meta["val"]
+        pieces = given["tensors"]
+        alike = all(p.meta["val"].dim() == val.dim() and p.meta["val"].dtype == val.dtype for p in pieces)
+        if len(pieces) == 2 and alike and given["dim"] % val.dim() == val.dim() - 1:
+            node.args = tuple(pieces)
+            graph.erase_node(whole)
 
 
 # -------------------------------------------------------------------------------------------------------- merging

@@ -5,7 +5,7 @@
 | `int8_linear(x, qweight, scale, zero_point, bias, compute)` | `x @ dequantise(qweight).T + bias` (`kernels.reference`) |
 | `int8_linear_dx(dy, qweight, scale, zero_point, in_features, compute)` | `dy @ dequantise(qweight)`, the gradient of `x` |
 | `int8_linear_parts(x, qweight, scale, zero_point, bias, parts)` | several layers of one input, their rows side by side |
-| `quantize_rows(x)` | int8 activations; step and sum of each row |
+| `quantize_rows(x, beside)` | int8 activations, of x and, to its right, of `beside`; step and sum of each row |
 | `int8_matmul(xq, sx, qweight, ..., activation, addend, parts)` | the product of both int8 operands, with its epilogue |
 | `cotangent(output, index)` | the gradient of the loss by an output; before it is the forward, after it the backward |
 | `load(block, *, visit, nbytes, offset, device)` | the block's weights as one flat byte buffer, ready to be used |
@@ -95,7 +95,7 @@ for _schema in (
     f'int8_linear(Tensor x, {_ROWS}, Tensor? bias=None, str compute="w8a16") -> Tensor',
     f'int8_linear_dx(Tensor dy, {_ROWS}, int in_features, str compute="w8a16") -> Tensor',
     f"int8_linear_parts(Tensor x, {_ROWS}, Tensor? bias, int parts) -> Tensor",
-    "quantize_rows(Tensor x) -> (Tensor xq, Tensor sx)",
+    "quantize_rows(Tensor x, Tensor? beside=None) -> (Tensor xq, Tensor sx)",
     f"int8_matmul(Tensor xq, Tensor sx, {_ROWS}, Tensor? bias, ScalarType dtype, "
     'str activation="none", Tensor? addend=None, int parts=1) -> Tensor',
 ):
@@ -280,9 +280,14 @@ def _int8_linear_dx_fake(
 
 
 @torch.library.register_fake("squareq::quantize_rows", lib=_LIBRARY)
-def _quantize_rows_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rows_fake(x: torch.Tensor, beside: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(x.dim() >= 1 and x.is_floating_point(), lambda: f"quantize_rows: x [..., K] floats, got {x.dtype}")
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+    columns = x.shape[-1]
+    if beside is not None:
+        alike = beside.dtype == x.dtype and beside.dim() == x.dim()
+        torch._check(alike, lambda: f"quantize_rows: beside is {beside.dtype} with {beside.dim()} dimensions, x is not")
+        columns = columns + beside.shape[-1]
+    return x.new_empty((*x.shape[:-1], columns), dtype=torch.int8), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
 
 
 @torch.library.register_fake("squareq::int8_matmul", lib=_LIBRARY)

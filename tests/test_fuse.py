@@ -225,6 +225,52 @@ def test_q_k_and_v_are_one_product(compute: str) -> None:
     assert unpacked == 4 + 4, "the layers' own views are gone"
 
 
+class Pair(nn.Module):
+    """Linear layers of something put together; `how` says what of."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.attn = nn.ModuleDict({"a": nn.Linear(12, 8), "b": nn.Linear(12, 6), "c": nn.Linear(12, 4)})
+        self.out = nn.Linear(12 if how == "rows" else 18 if how == "three" else 14, 12)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        a, b, c = (self.attn[name](x) for name in "abc")
+        if self.how == "rows":
+            return self.out(torch.cat((x, context), 1))[:, : x.shape[1]]
+        both = torch.cat((a, b, c) if self.how == "three" else (a, b), 2 if self.how == "counted" else -1)
+        y = self.out(both)
+        return y + both.mean(-1, keepdim=True) if self.how == "two readers" else y
+
+
+class PairNet(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Pair(how) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x, context)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("how", "sources"), [("last", 2), ("counted", 2), ("three", 1), ("rows", 1), ("two readers", 1)]
+)
+def test_two_side_by_side_are_quantised_where_they_are(how: str, sources: int) -> None:
+    models = staged_until_activations(PairNet(how), net_inputs(), "w8a8")
+    before = models.graphs["activations"]
+    after = laws.apply(Fuse(merge=False, epilogue=False), before, models)
+    for function in functions(after).values():
+        (quantised,) = (n for n in function.graph.nodes if n.target is ops.quantize_rows and "out" in str(info(n).layer))
+        assert len(quantised.args) == sources
+        is_there = bool(function.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default))
+        assert is_there == (sources == 1)
+    for batch, tokens in ((2, 3), (1, 5)):
+        call = net_inputs(batch, tokens)
+        assert laws.same(laws.evaluate(after, models, call), laws.evaluate(before, models, call))
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -402,6 +402,31 @@ def test_quantised_rows_are_what_the_kernel_gives() -> None:
     assert (xq.int() - expected.int()).abs().max() <= 1 and (xq != expected).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_two_that_lie_in_memory_are_left_to_our_kernel(joins: bool) -> None:
+    with seeded(3):
+        x, beside = torch.randn(2, 3, 16), torch.randn(2, 3, 8)
+    if not joins:
+        found, used = _decomposed(ops.quantize_rows, x, beside)
+        assert ops.quantize_rows in used and aten.cat.default not in used
+    else:
+        graph = fx.Graph()
+        nodes = [graph.placeholder(name) for name in "xb"]
+        gelu = graph.call_function(aten.gelu.default, (nodes[1],))
+        rows = graph.call_function(ops.quantize_rows, (nodes[0], gelu))
+        for node, value in zip((*nodes, gelu), (x, beside, torch.nn.functional.gelu(beside))):
+            node.meta["val"] = value
+        items = [graph.call_function(operator.getitem, (rows, i)) for i in range(2)]
+        for item, value in zip(items, reference.quantize_rows(x, beside)):
+            item.meta["val"] = value
+        graph.output(tuple(items))
+        decompose(graph)
+        assert not graph.find_nodes(op="call_function", target=ops.quantize_rows)
+        beside, found = torch.nn.functional.gelu(beside), fx.GraphModule({}, graph)(x, beside)
+    for got, wanted in zip(found, reference.quantize_rows(x, beside)):
+        assert torch.allclose(got.float(), wanted.float(), rtol=1e-6, atol=1.0 if joins and got.dtype == torch.int8 else 0)
+
+
 # ------------------------------------------------------------------------------------------------------------ errors, caching
 
 

@@ -174,9 +174,12 @@ def test_the_kernels_bound_by_memory(dtype: str, target: int) -> None:
         constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages}
         compiled(int8_gemv._int8_gemv, types, constants, warps, target=target)
     types = {"x_ptr": f"*{dtype}"}
-    for columns in (640, 3072, 15360):
-        tile = quantize_rows.tile_for(columns)
+    types |= {"beside_ptr": f"*{dtype}"}
+    for columns, first in ((640, None), (3072, None), (15360, None), (15360, 3072)):
+        tile = quantize_rows.tile_for(columns, first)
+        assert tile is not None and tile.columns * tile.blocks == columns
         constants = {"SMALLEST": 1e-30, "BLOCK_M": tile.rows, "BLOCK_K": tile.columns, "BLOCKS": tile.blocks, "EXCESS": 1}
+        constants["FIRST"] = tile.blocks if first is None else first // tile.columns
         kernel = compiled(quantize_rows._quantize_rows, types, constants, tile.warps, target=target)
         assert re.search(r"ld\.global\S*evict_first\S*\.v4", kernel.asm["ptx"]) and "cvt.rzi" not in kernel.asm["ptx"]
     constants = {"SMALLEST": 1e-30, "BLOCK_K": 4096, "EXCESS": 0}

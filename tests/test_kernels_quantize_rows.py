@@ -64,6 +64,27 @@ def test_equals_the_definition_bit_for_bit(
 
 
 @each_device
+@given(
+    rows=st.one_of(st.tuples(st.integers(0, 20)), st.tuples(st.integers(0, 3), st.integers(0, 5)), st.just(())),
+    widths=st.one_of(
+        st.tuples(st.integers(0, 300), st.integers(0, 300)),
+        st.sampled_from(((128, 512), (256, 70), (512, 128), (1024, 3072), (384, 1), (128, 2000))),
+    ),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(("contiguous", "transposed", "sliced", "strided")),
+    seed=st.integers(0, 99),
+)
+def test_two_side_by_side_are_one(
+    device: str, rows: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, layout: str, seed: int
+) -> None:
+    x, beside = (laid_out(normal(*rows, k, seed=seed + i).to(device, dtype), layout) for i, k in enumerate(widths))
+    q, sx = dispatch.quantize_rows(x, beside)
+    for expected in (dispatch.quantize_rows(torch.cat((x, beside), -1)), reference.quantize_rows(x.cpu(), beside.cpu())):
+        assert torch.equal(q.cpu(), expected[0].cpu()) and torch.equal(sx.cpu(), expected[1].cpu())
+    assert q.is_contiguous() and sx.is_contiguous()
+
+
+@each_device
 @each_dtype
 @pytest.mark.parametrize("inner", (1, 16384, 16385, WIDER))
 def test_narrow_and_wide_rows(device: str, dtype: torch.dtype, inner: int) -> None:
@@ -136,6 +157,10 @@ def test_overlapping_and_reversed_dimensions(device: str) -> None:
 
 @pytest.mark.parametrize("function", [reference.quantize_rows, dispatch.quantize_rows])
 def test_wrong_arguments_are_named(function: Rows) -> None:
+    with pytest.raises(TypeError, match=r"beside must be torch\.float32 as x is, got torch\.bfloat16"):
+        function(torch.zeros(2, 3), torch.zeros(2, 3).bfloat16())  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"beside must be \[..., L\] with the rows of x \(2, 3\) on cpu, got \(3, 3\)"):
+        function(torch.zeros(2, 3), torch.zeros(3, 3))  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="x must be float16, bfloat16 or float32, got torch.float64"):
         function(torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="x must be float16"):

@@ -50,6 +50,8 @@ def unique_shapes(
             for size in (concrete or _hints)(x)[:-1]:
                 rows *= int(size)
             inner = int(x.shape[-1])
+            if kernel == "quantize_rows" and len(node.args) > 1:
+                inner += int(node.args[1].meta["val"].shape[-1])
             width = 0 if kernel == "quantize_rows" else _width(node)
             dtype = dict(enumerate(node.args)).get(6, node.kwargs.get("dtype")) if kernel == "int8_matmul" else x.dtype
             w8a8 = kernel == "int8_linear" and len(node.args) > 5 and node.args[5] == "w8a8"

@@ -5,8 +5,9 @@
 | `quantize_rows` | maximum, division, rounding | it joins the norm or activation before it |
 | `int8_linear`, `_dx` and `_parts`, w8a16, many rows | a float weight, `aten.linear` | one kernel, torch's own product |
 
-With few rows, and with `compute="w8a8"`, the operations stay what they are: kernels of our own run them. So does
-`squareq.attention`, which no aten operation is equal to for every number of tokens, and which fuses with nothing.
+With few rows, and with `compute="w8a8"`, the operations stay what they are: kernels of our own run them. So do `quantize_rows`
+of two tensors that kernels made, and `squareq.attention`, which no aten operation is equal to for every number of tokens, and
+which fuses with nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 
 from squareq_fx import ops
+from squareq_fx.attention_op import attention
 from squareq_fx.kernels.dispatch import FUSED_MAX_ROWS
 from squareq_fx.kernels.reference import QMAX, SMALLEST_ROW
 from squareq_fx.lowering.symbols import hint
@@ -47,11 +49,17 @@ def _quantize_rows(graph: fx.Graph, node: fx.Node) -> None:
 
     The sum is over the steps as floats, which are still at hand: exact for rows of up to 2**24 / 127 elements.
     """
-    (x,) = node.args
-    assert isinstance(x, fx.Node)
-    if not hint(x.meta["val"].shape[-1]):
-        return
+    x, beside = _arguments(node, "x", "beside")
     call = graph.call_function
+    if beside is not None:
+        if _is_opaque(x) and _is_opaque(beside):
+            return  # nothing to join, and our kernel reads both where they are
+        width = x.meta["val"].shape[-1] + beside.meta["val"].shape[-1]
+        x = call(aten.cat.default, ([x, beside], -1))
+    else:
+        width = x.meta["val"].shape[-1]
+    if not hint(width):
+        return
     rows = call(aten._to_copy.default, (x,), {"dtype": torch.float32})
     top = call(aten.amax.default, (call(aten.abs.default, (rows,)), [-1]))
     is_zero = call(aten.lt.Scalar, (top, SMALLEST_ROW))
@@ -63,6 +71,13 @@ def _quantize_rows(graph: fx.Graph, node: fx.Node) -> None:
     total = call(aten.sum.dim_IntList, (bounded, [-1]))
     sx = call(aten.stack.default, ([scale, total], -1))
     _replace_items(node, {0: xq, 1: sx})
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    """Whether a value lies in memory however its readers are fused: a function's input, or what a product or attention made."""
+    while node.target in _VIEWS:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" or node.target in _OPAQUE
 
 
 def _linear(graph: fx.Graph, node: fx.Node) -> None:
@@ -158,6 +173,16 @@ def _replace_items(node: fx.Node, items: dict[int, fx.Node]) -> None:
         _replace(user, items[user.args[1]])  # type: ignore[index]
     node.graph.erase_node(node)
 
+
+_VIEWS = {
+    operator.getitem,
+    *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.alias.default),
+    *(aten.transpose.int, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.unsqueeze.default),
+}
+_OPAQUE = {
+    *(ops.int8_matmul, ops.int8_linear, ops.int8_linear_dx, ops.int8_linear_parts, attention),
+    *(aten.linear.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default),
+}
 
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
     ops.quantize_rows: _quantize_rows,
