@@ -56,10 +56,11 @@ class Sizes(NamedTuple):
     w8a8: Sequence[Layer]
     dequantised: Sequence[tuple[int, int]]
     odd: Sequence[tuple[int, int, int]]
+    side_by_side: Sequence[tuple[int, int, int]]
 
     @classmethod
     def of(cls, tiny: bool) -> Sizes:
-        names = ("MANY_ROWS", "FEW_ROWS", "OTHER_ROWS", "W8A8", "DEQUANTISED", "ODD_SHAPES")
+        names = ("MANY_ROWS", "FEW_ROWS", "OTHER_ROWS", "W8A8", "DEQUANTISED", "ODD_SHAPES", "SIDE_BY_SIDE")
         return cls(*(layers.TINY[name] if tiny else getattr(layers, name) for name in names))  # type: ignore[arg-type]
 
     def fused(self) -> list[Layer]:
@@ -191,6 +192,24 @@ def w8a8(group: Sequence[Layer], device: torch.device) -> tuple[str, list[Target
     return table("W8A8: quantise rows, then the int8 product, with bias", header, rows), targets
 
 
+def side_by_side(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> str:
+    """Rows of two tensors quantised where they lie, beside putting them together first."""
+    rows = []
+    for m, k, beside in shapes:
+        read = m * ((k + beside) * 3 + 8)
+        sets = [[torch.randn(m, width, device=device).bfloat16() for width in (k, beside)] for _ in range(set_count(read))]
+        arms = {
+            "there": rotating(dispatch.run_quantize_rows, sets),
+            "together": rotating(lambda *two: dispatch.run_quantize_rows(torch.cat(two, -1)), sets),
+            "alone": rotating(dispatch.run_quantize_rows, [[torch.cat(two, -1)] for two in sets]),
+        }
+        ms = medians(arms)
+        rate = f"{read / ms['there'] / 1e9:.2f}"
+        rows.append((f"{m}x({k}+{beside})", f"{ms['there']:.4f}", rate, f"{ms['together']:.4f}", f"{ms['alone']:.4f}"))
+    header = ("Mx(K+L)", "where they lie, ms", "TB/s", "cat, then quantise, ms", "quantise alone, ms")
+    return table("Rows of two tensors to int8", header, rows)
+
+
 def tuning(sizes: Sizes, device: torch.device) -> list[str]:
     """Compile, choose tiles, and say which."""
     from kernels_tiles import compile_all, jobs_for, tune
@@ -258,6 +277,7 @@ def main(arguments_: Sequence[str] | None = None) -> int:
         targets += found
     text, found = w8a8(sizes.w8a8, device)
     parts.append(text)
+    parts.append(side_by_side(sizes.side_by_side, device))
     targets += found
     rows = [(t.what, t.shape, f"{t.value:.2f}", f"{t.target:.2f}", "met" if t.met else "MISSED") for t in targets]
     goals = table(

@@ -16,6 +16,7 @@ __all__ = [
     "MANY_ROWS",
     "ODD_SHAPES",
     "OTHER_ROWS",
+    "SIDE_BY_SIDE",
     "TINY",
     "W8A8",
     "Layer",
@@ -88,8 +89,11 @@ TINY = {
     "W8A8": (Layer(48, 64, 96, 1.5), Layer(48, 96, 64, 1.0, parts=3)),
     "DEQUANTISED": ((64, 96),),
     "ODD_SHAPES": ((1, 1, 1), (17, 33, 100)),
+    "SIDE_BY_SIDE": ((48, 96, 128),),
 }
 """Toys for the CPU."""
+SIDE_BY_SIDE = ((4608, 3072, 12288), (512, 3072, 12288))
+"""Rows, columns of attention and of the feed-forward: Flux's single blocks."""
 ODD_SHAPES = ((1, 1, 1), (17, 33, 100), (130, 511, 1000))
 
 

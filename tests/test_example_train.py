@@ -310,6 +310,8 @@ def test_a_loss_that_is_not_finite(root: Path, tmp_path: Path, monkeypatch: pyte
         device, dtype = torch.device("cpu"), torch.float32
 
     monkeypatch.setattr(train_lora, "compile_model", lambda *a: Fake(2, 2))
+    monkeypatch.setattr(train_lora, "forecast_run", lambda *a: None)
+    monkeypatch.setattr(train_lora, "check_memory", lambda *a: "what it will hold")
     monkeypatch.setattr(train_lora, "backward", lambda *a: float("nan"))
     with pytest.raises(SquareQError, match="the loss of step 1 is nan; begin a new run with a lower --lr"):
         train_lora.train(settings(root, "flux", tmp_path / "out"))
@@ -386,7 +388,9 @@ def test_on_a_gpu(root: Path, tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ("sdxl", "flux"))
-def test_the_memory_of_the_largest_batch_is_told_before_the_first_step(root: Path, tmp_path: Path, family: str) -> None:
+def test_the_memory_of_the_largest_batch_is_told_before_the_first_step(
+    root: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = settings(root, family, tmp_path / "run")
     plan = prepare(chosen)
     gm = train_lora.compile_model(chosen, plan)
@@ -402,5 +406,10 @@ def test_the_memory_of_the_largest_batch_is_told_before_the_first_step(root: Pat
     assert check_memory(found, trained, chosen, needed) == text
     with pytest.raises(SquareQError, match=r"The card has 0\.00 GiB free\. Try a smaller --batch-size"):
         check_memory(found, trained, chosen, needed - 1)
+    with monkeypatch.context() as patch, pytest.raises(SquareQError, match="Try a smaller --batch-size"):
+        patch.setattr(train_lora, "compile_model", lambda *a: gm)
+        patch.setattr(train_lora, "free_memory", lambda *a: needed - 1)
+        train_lora.train(chosen)
+    assert not chosen.output.exists() and gm.last_step is None, "nothing was begun"
     assert "fused code holds less" in check_memory(found, trained, dataclasses.replace(chosen, backend="inductor"), needed - 1)
     gm.shutdown()

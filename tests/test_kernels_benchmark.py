@@ -40,7 +40,8 @@ if not INTERPRETED:
         assert text.strip() == done.stdout.strip() and "All accurate and repeatable" in text
         for part in ("torch " + torch.__version__, "`python benchmarks/kernels.py --tiny", "## Correct: 25 of 25"):
             assert part in text, part
-        for title in ("Rows to bf16; torch copies", "W8A16 of many rows", "W8A16 of few rows", "W8A8: quantise rows"):
+        titles = ("Rows to bf16; torch copies", "W8A16 of many rows", "W8A16 of few rows", "W8A8: quantise rows", "Rows of two")
+        for title in titles:
             assert f"## {title}" in text, title
         goals = text.partition("## Targets")[2].partition("##")[0]
         assert goals.count("| met |") + goals.count("| MISSED |") == 6
