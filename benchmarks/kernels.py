@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
     def fused(self) -> list[Layer]:
         """The layers of the kernel that has tiles to choose from."""
         every = (*self.many_rows, *self.few_rows, *self.other_rows)
-        return [x for x in every if x.m <= dispatch.FUSED_MAX_ROWS[x.dtype] and not tiles.gemv_takes(x.m, x.k, x.dtype)]
+        return [x for x in every if x.m <= dispatch.FUSED_MAX_ROWS[x.dtype] and not tiles.gemv_takes(x.m, x.n, x.k, x.dtype)]
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -63,7 +63,7 @@ def _program(job: Job) -> tuple[object, ...]:
     layer, tile = job.layer, job.tile
     rows = tiles.row_bucket(layer.m)
     if isinstance(tile, MatmulTile):
-        splits = _schedule(rows, layer.n, layer.k, tile, _device())[1] > 0
+        splits = _schedule(rows, layer.n, layer.k, tile, _device()).kind
     else:
         assert isinstance(tile, FusedTile)
         pieces, programs = min(tile.split, -(-layer.k // tile.k)), -(-rows // tile.m) * -(-layer.n // tile.n)

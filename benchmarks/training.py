@@ -3,6 +3,7 @@
     python benchmarks/training.py                       # both models at 1024x1024, batch 1, rank 16; about 8 minutes
     python benchmarks/training.py --models flux --slabs /tmp/slabs    # one model; keeps its slab for the next run
     python benchmarks/training.py --models flux --compute w8a8 --backend cudagraph
+    python benchmarks/training.py --models flux --compute w8a8 --backend cudagraph --parts training resident peer interleaved
     python benchmarks/training.py --tiny --out /tmp/tiny              # toys on the CPU: the script itself in seconds
 
 Needs one CUDA card of 80 GB or more, 20 GB on disk and 30 GB of memory. Random weights. The models prepare at the same time
@@ -77,7 +78,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path, parent: Conne
     run(PREPARATION)
     parent.send("prepared")
     bench.deadline = time.perf_counter() + parent.recv()
-    run(MEASUREMENT)
+    run((part, seconds) for part, seconds in MEASUREMENT if part in options.parts)
     for arm in bench.arms.values():
         if isinstance(arm.module, squareq_fx.CompiledModule):
             arm.module.shutdown()
@@ -131,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="rounds of the interleaved run, fewer if the time is up")
     parser.add_argument("--compute", choices=("w8a16", "w8a8"), default="w8a16", help="of our arms")
     parser.add_argument("--backend", choices=("eager", "inductor", "cudagraph"), default="eager", help="of our arms")
+    parts = [part for part, _ in MEASUREMENT]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="only these; later ones need what earlier made")
     parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="toys on the CPU")
     options = parser.parse_args(arguments)

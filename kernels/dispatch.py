@@ -87,7 +87,7 @@ def run_int8_linear(
         return cpu.int8_linear(x, qweight, scale, zero_point, bias)
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
         return _dequantized(x, qweight, scale, zero_point, bias)
-    if gemv_takes(x.shape[:-1].numel(), x.shape[-1], x.dtype):
+    if gemv_takes(x.shape[:-1].numel(), qweight.shape[0], x.shape[-1], x.dtype):
         return _triton_module("int8_gemv").launch(x, qweight, scale, zero_point, bias)
     return _triton_module("int8_linear").launch(x, qweight, scale, zero_point, bias)
 
@@ -299,6 +299,4 @@ def _triton_module(name: str) -> ModuleType:
     try:
         return import_module(f"squareq_fx.kernels.{name}")
     except ImportError as error:
-        raise RuntimeError(
-            "int8 layers on CUDA, or TRITON_INTERPRET=1, need Triton: pip install triton"
-        ) from error
+        raise RuntimeError("int8 layers on CUDA, or TRITON_INTERPRET=1, need Triton: pip install triton") from error

@@ -19,47 +19,6 @@ from squareq_fx.kernels.tiles import FusedTile, tile_for
 __all__ = ["int8_linear", "launch"]
 
 
-@triton.jit
-def _sliced_product(
-    x_ptr,
-    q_ptr,
-    rows_m,
-    rows_n,
-    begin,
-    end,
-    K,
-    packed_k,
-    stride_xm,
-    stride_qn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    # Warps side by side over so few rows of x would all widen the same weights. Here each has a slice of the depth to itself,
-    # and so many of them fit a multiprocessor that they hide each other's latency; their sums meet once, at the end.
-    DEPTH: tl.constexpr = BLOCK_K // SLICES
-    at = (tl.arange(0, SLICES) * DEPTH)[:, None, None]
-    depth_x = at + tl.arange(0, DEPTH)[None, :, None]
-    depth_q = at + tl.arange(0, DEPTH)[None, None, :]
-    x_tile = x_ptr + rows_m[None, None, :] * stride_xm + depth_x
-    q_tile = q_ptr + rows_n[None, :, None] * stride_qn + depth_q
-    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k in range(begin, end, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_tile + k)
-            q = tl.load(q_tile + k)
-        else:
-            x = tl.load(x_tile + k, mask=depth_x < K - k, other=0.0)
-            q = tl.load(q_tile + k, mask=depth_q < packed_k - k, other=0)
-        if WIDEN:
-            x = x.to(tl.float32)
-        acc = tl.dot(q.to(x.dtype), x, acc, input_precision="ieee")
-    return tl.sum(acc, axis=0)
-
-
 @triton.jit(do_not_specialize=["M", "split"])
 def _int8_linear(
     x_ptr,
@@ -83,7 +42,6 @@ def _int8_linear(
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
     SPLITS: tl.constexpr,
-    SLICES: tl.constexpr,
 ):
     # Tiles of up to eight row blocks share their weight tile while it is in L2.
     pid = tl.program_id(0)
@@ -104,35 +62,30 @@ def _int8_linear(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    # A row past the end reads another and is not stored, which keeps row masks out of the loop. In x it is not always the same
-    # one: of four rows, every program would ask thirteen times for the bytes of row 0, from one slice of L2.
-    rows_m = (offs_m % M).to(tl.int64)
+    # A weight row past the end reads row 0 and is not stored, which keeps its mask out of the loop. A row of x past the end is
+    # not read at all: every program reads all of x, so sixteen rows for four would be four times the bytes from L2.
+    inside_m = (offs_m < M)[None, :]
+    rows_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
     rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
     x_tile = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None]
     q_tile = q_ptr + rows_n[:, None] * stride_qn + offs_k[None, :]
     scale = tl.load(scale_ptr + rows_n)
     zero = tl.load(zero_ptr + rows_n)
 
-    if SLICES > 1:  # of 16-bit types only: the zero points come in at the end
-        acc = _sliced_product(
-            x_ptr, q_ptr, rows_m, rows_n, begin, end, K, packed_k, stride_xm, stride_qn,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN, SLICES,
-        )  # fmt: skip
-    else:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for k in range(begin, end, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_tile + k)
-                q = tl.load(q_tile + k)
-            else:
-                x = tl.load(x_tile + k, mask=offs_k[:, None] < K - k, other=0.0)
-                q = tl.load(q_tile + k, mask=offs_k[None, :] < packed_k - k, other=0)
-            if WIDEN:
-                x = x.to(tl.float32)
-            w = q.to(x.dtype)  # exact: eight bits fit every significand
-            if x_ptr.dtype.element_ty == tl.float32:
-                w -= zero[:, None]
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_tile + k, mask=inside_m, other=0.0)
+            q = tl.load(q_tile + k)
+        else:
+            x = tl.load(x_tile + k, mask=inside_m & (offs_k[:, None] < K - k), other=0.0)
+            q = tl.load(q_tile + k, mask=offs_k[None, :] < packed_k - k, other=0)
+        if WIDEN:
+            x = x.to(tl.float32)
+        w = q.to(x.dtype)  # exact: eight bits fit every significand
+        if x_ptr.dtype.element_ty == tl.float32:
+            w -= zero[:, None]
+        acc = tl.dot(w, x, acc, input_precision="ieee")
 
     last = pid >= 0
     if SPLITS:
@@ -146,8 +99,10 @@ def _int8_linear(
         if last:
             tl.debug_barrier()
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for other in range(split):
-                acc += tl.load(slots + other * (BLOCK_M * BLOCK_N) + inner, cache_modifier=".cg")
+            for first in range(0, split, 4):
+                for i in tl.static_range(4):  # four at a time are on their way
+                    other = slots + (first + i) * (BLOCK_M * BLOCK_N) + inner
+                    acc += tl.load(other, mask=first + i < split, other=0.0, cache_modifier=".cg")
             tl.store(counter_ptr + pid, 0)  # ready for the next launch
     if last:
         # q - zero need not fit 16 bits, so it comes in by linearity; a symmetric slab skips this pass over x.
@@ -155,7 +110,7 @@ def _int8_linear(
             if tl.sum((zero != 0.0).to(tl.int32), axis=0) > 0:
                 total = tl.zeros((BLOCK_M,), dtype=tl.float32)
                 for k in range(0, K, BLOCK_K):
-                    x = tl.load(x_tile + k, mask=offs_k[:, None] < K - k, other=0.0)
+                    x = tl.load(x_tile + k, mask=inside_m & (offs_k[:, None] < K - k), other=0.0)
                     total += tl.sum(x.to(tl.float32), axis=0)
                 acc -= zero[:, None] * total[None, :]
         acc *= scale[:, None]
@@ -247,7 +202,6 @@ def launch(
             EVEN_K=in_features % tile.k == 0,
             WIDEN=y.dtype != x.dtype,  # the interpreter multiplies bfloat16 as integers
             SPLITS=split > 1,
-            SLICES=1 if x.dtype == torch.float32 else tile.slices,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

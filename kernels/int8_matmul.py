@@ -11,6 +11,7 @@ bytes arrive while another is finished.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ import triton.language as tl
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
-from squareq_fx.kernels.tiles import MatmulTile, tile_for
+from squareq_fx.kernels.tiles import MatmulTile, Tail, tile_for
 
 __all__ = ["int8_matmul", "launch"]
 
@@ -143,6 +144,7 @@ def _product(
 def _int8_matmul(
     a,  # [M, K] int8: a tensor descriptor if DESCRIPTORS, else a pointer
     b,  # [N, K'] likewise
+    half,  # of a again, half as many rows at a time; None if there are no halves or no descriptors
     sx_ptr,
     scale_ptr,
     zero_ptr,
@@ -169,7 +171,7 @@ def _int8_matmul(
     EVEN_K: tl.constexpr,
     ALIGNED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SPLITS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     pid = tl.program_id(0)
     depth = tl.cdiv(K, BLOCK_K)
@@ -191,7 +193,20 @@ def _int8_matmul(
             BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
         )  # fmt: skip
 
-    if SPLITS and pid < tail * split:
+    if TAIL == "ROWS":
+        HALF: tl.constexpr = BLOCK_M // 2
+        for piece in range(pid, 2 * tail, tl.num_programs(0)):
+            m0, n0 = _origin(whole + piece // 2, M, N, BLOCK_M, BLOCK_N)
+            m0 += piece % 2 * HALF
+            acc = _product(
+                tl.zeros((HALF, BLOCK_N), dtype=tl.int32), half if DESCRIPTORS else a, b, m0, n0, 0, depth,
+                M, N, K, packed_k, stride_xm, stride_qn, HALF, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
+            )  # fmt: skip
+            _finish(
+                acc, m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+                HALF, BLOCK_N, ALIGNED, ACTIVATION,
+            )  # fmt: skip
+    if TAIL == "DEPTH" and pid < tail * split:
         tile = whole + pid // split
         piece = pid % split
         m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
@@ -218,7 +233,7 @@ def _int8_matmul(
 
 
 INTERPRETED = is_interpreted(_int8_matmul)
-_INTERPRETER_TILE = MatmulTile(16, 32, 64, 4, 1, 1, 1)
+_INTERPRETER_TILE = MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH)
 _INTERPRETER_PROGRAMS = 4
 """The interpreter's card: so few programs at a time that small tests split tiles too."""
 _MIN_DEPTH = 2 if INTERPRETED else 8
@@ -274,26 +289,30 @@ def launch(
     if tile is None:
         known = tile_for("int8_matmul", rows, width, in_features, dtype, xq.device) if not INTERPRETED else None
         tile = known if isinstance(known, MatmulTile) else _INTERPRETER_TILE
-    whole, tail, split, programs = _schedule(rows, width, in_features, tile, xq.device)
+    plan = _schedule(rows, width, in_features, tile, xq.device)
     partial = count = None
-    if tail:
+    if plan.kind == Tail.DEPTH:
         count = counters(xq.device)
         if count is None:
-            whole, tail, split = whole + tail, 0, 1
+            plan = Schedule(plan.whole + plan.tail, 0, 1, plan.programs, Tail.WHOLE)
         else:
-            partial = torch.empty(tail * split * tile.m * tile.n, dtype=torch.int32, device=xq.device)
+            partial = torch.empty(plan.tail * plan.split * tile.m * tile.n, dtype=torch.int32, device=xq.device)
     described = not INTERPRETED and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
     a: object = x2
     b: object = qweight
+    half: object = None
     if described:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         a = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m, tile.k])
+        if plan.kind == Tail.ROWS:
+            half = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m // 2, tile.k])
         b = TensorDescriptor(qweight, [width, in_features], [qweight.stride(0), 1], [tile.n, tile.k])
     with place:
-        _int8_matmul[(programs,)](
+        _int8_matmul[(plan.programs,)](
             a,
             b,
+            half,
             sx.contiguous(),
             scale.contiguous(),
             zero_point.contiguous(),
@@ -310,9 +329,9 @@ def launch(
             qweight.stride(0),
             extra.stride(0) if extra is not None else 0,
             width // parts,
-            whole,
-            tail,
-            split,
+            plan.whole,
+            plan.tail,
+            plan.split,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
@@ -320,7 +339,7 @@ def launch(
             EVEN_K=in_features % tile.k == 0,
             ALIGNED=parts == 1 or (width // parts) % tile.n == 0,
             ACTIVATION=activation,
-            SPLITS=tail > 0,
+            TAIL=plan.kind.name,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -332,17 +351,28 @@ def _rows(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch.device) -> tuple[int, int, int, int]:
-    """(tiles of one program each, tiles after those, programs for each of these, programs launched)."""
+class Schedule(NamedTuple):
+    """Tiles of one program each, tiles after those, programs for each of these, programs launched, how the tail is cut."""
+
+    whole: int
+    tail: int
+    split: int
+    programs: int
+    kind: Tail
+
+
+def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch.device) -> Schedule:
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
     if not tile.programs:
-        return tiles, 0, 1, tiles
+        return Schedule(tiles, 0, 1, tiles, Tail.WHOLE)
     at_once = _INTERPRETER_PROGRAMS if INTERPRETED else _processors(device) * tile.programs
     tail = tiles % at_once
-    split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH) if tail and tile.split else 1
+    if 0 < 2 * tail <= at_once and tile.tail == Tail.ROWS:
+        return Schedule(tiles - tail, tail, 1, max(min(tiles - tail, at_once), 2 * tail), Tail.ROWS)
+    split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH) if tail and tile.tail == Tail.DEPTH else 1
     if split < 2 or tail > COUNTERS:
-        return tiles, 0, 1, min(tiles, at_once)
-    return tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split)
+        return Schedule(tiles, 0, 1, min(tiles, at_once), Tail.WHOLE)
+    return Schedule(tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split), Tail.DEPTH)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ a tile changes is the time and, in W8A16, the order in which floats are summed.
 from __future__ import annotations
 
 import functools
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "FusedTile",
     "Key",
     "MatmulTile",
+    "Tail",
     "candidates",
     "gemv_takes",
     "key",
@@ -26,17 +28,15 @@ __all__ = [
 
 
 GEMV_MAX_ROWS = 2
-"""Rows of x that `int8_gemv` takes: its product is one of memory alone."""
+"""Rows of x that `int8_gemv` takes."""
 
-_GEMV_DEEPEST = 8192
-"""Depth up to which it was faster than the fused kernel for two rows of 16 bits on an H200 (1280, 3072; not 12288)."""
+_GEMV_LARGEST = {1: 1 << 25, 2: 1 << 23}
+"""Rows of 16 bits: weights up to which it is faster than the fused kernel, whose pipeline takes longer to fill (on an H200 one
+row of 9216x3072 is, of 12288x3072 not; two of 5120x1280 are, of 3072x3072 not)."""
 
 
 class FusedTile(NamedTuple):
-    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth.
-
-    slices: parts of each step of the depth, for as many groups of warps; 1 if the warps share the tile's weight rows.
-    """
+    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth."""
 
     m: int
     n: int
@@ -44,14 +44,22 @@ class FusedTile(NamedTuple):
     warps: int
     stages: int
     split: int
-    slices: int = 1
+
+
+class Tail(IntEnum):
+    """What becomes of the last tiles, which do not fill the card."""
+
+    WHOLE = 0
+    DEPTH = 1
+    """Cut along their depth, their sums added up at the end."""
+    ROWS = 2
+    """Cut into halves of as many rows each."""
 
 
 class MatmulTile(NamedTuple):
     """For W8A8: rows, columns and depth of a tile, warps, pipeline stages.
 
-    programs: how many a multiprocessor holds, each taking tile after tile; 0 for one program a tile.
-    split: 1 if tiles that do not fill the card at the end are cut along their depth.
+    programs: how many a multiprocessor holds, each taking tile after tile; 0 for one program a tile, which has no tail.
     """
 
     m: int
@@ -60,7 +68,7 @@ class MatmulTile(NamedTuple):
     warps: int
     stages: int
     programs: int
-    split: int
+    tail: Tail
 
 
 Key = tuple[str, torch.dtype, int, int, int]
@@ -70,19 +78,37 @@ CHOSEN: dict[Key, FusedTile | MatmulTile] = {}
 
 _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
     16: (
-        FusedTile(16, 32, 256, 2, 4, 1),
-        FusedTile(16, 32, 256, 2, 4, 2),
-        FusedTile(16, 32, 256, 2, 4, 4),
-        FusedTile(16, 32, 256, 8, 4, 1, 8),
-        FusedTile(16, 32, 256, 8, 4, 2, 8),
-        FusedTile(16, 32, 256, 4, 4, 2, 4),
-        FusedTile(16, 16, 512, 8, 4, 1, 8),
+        FusedTile(16, 32, 128, 2, 4, 1),
+        FusedTile(16, 32, 128, 2, 4, 2),
+        FusedTile(16, 32, 128, 2, 4, 4),
+        FusedTile(16, 32, 128, 2, 4, 8),
+        FusedTile(16, 32, 128, 2, 3, 2),
+        FusedTile(16, 32, 128, 2, 3, 4),
+        FusedTile(16, 32, 128, 2, 3, 8),
     ),
-    32: (FusedTile(32, 32, 128, 4, 5, 1), FusedTile(32, 64, 128, 4, 4, 1), FusedTile(32, 64, 128, 4, 4, 4)),
-    64: (FusedTile(64, 64, 128, 4, 4, 1), FusedTile(64, 64, 128, 4, 4, 2), FusedTile(64, 32, 128, 4, 4, 4)),
+    32: (
+        FusedTile(32, 32, 128, 4, 4, 1),
+        FusedTile(32, 32, 128, 4, 4, 2),
+        FusedTile(32, 32, 128, 4, 4, 4),
+        FusedTile(32, 64, 128, 2, 3, 2),
+        FusedTile(32, 64, 128, 2, 3, 8),
+    ),
+    64: (
+        FusedTile(64, 64, 128, 4, 3, 1),
+        FusedTile(64, 64, 128, 4, 3, 2),
+        FusedTile(64, 64, 128, 4, 3, 4),
+        FusedTile(64, 64, 64, 4, 4, 2),
+        FusedTile(64, 32, 128, 4, 3, 2),
+    ),
     # Four warps at most: 256x128x64 on eight warps gave other bits at every run, and wrong ones, on an H200 under
     # Triton 3.6, whose pipelined wgmma with an operand in registers is the suspect. Large M goes to cuBLAS anyway.
-    128: (FusedTile(64, 64, 128, 4, 4, 1), FusedTile(128, 64, 64, 4, 4, 1), FusedTile(128, 64, 64, 4, 4, 2)),
+    128: (
+        FusedTile(64, 64, 128, 4, 3, 1),
+        FusedTile(64, 64, 128, 4, 3, 2),
+        FusedTile(64, 64, 128, 4, 3, 4),
+        FusedTile(128, 64, 128, 4, 3, 1),
+        FusedTile(128, 64, 128, 4, 3, 4),
+    ),
 }
 _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
     16: (FusedTile(16, 32, 64, 4, 3, 4), FusedTile(16, 64, 64, 4, 3, 1)),
@@ -92,23 +118,26 @@ _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
 }
 
 _MATMUL_LARGE = (
-    MatmulTile(128, 128, 128, 4, 3, 2, 0),
-    MatmulTile(128, 128, 128, 4, 3, 2, 1),
-    MatmulTile(64, 128, 128, 4, 3, 2, 0),
-    MatmulTile(128, 64, 128, 4, 3, 2, 0),
-    MatmulTile(128, 128, 64, 4, 4, 2, 0),
+    MatmulTile(128, 128, 128, 4, 3, 2, Tail.WHOLE),
+    MatmulTile(128, 128, 128, 4, 3, 2, Tail.ROWS),
+    MatmulTile(128, 128, 128, 4, 3, 2, Tail.DEPTH),
+    MatmulTile(64, 128, 128, 4, 3, 2, Tail.WHOLE),
+    MatmulTile(128, 64, 128, 4, 3, 2, Tail.WHOLE),
+    MatmulTile(128, 128, 64, 4, 4, 2, Tail.WHOLE),
 )
+_DEEP = 4096
+"""Depth from which it may pay to cut tiles along it: leaving and adding up sums costs as much as some steps of a product."""
 _MATMUL_SMALL = (
-    MatmulTile(64, 128, 128, 4, 3, 0, 0),
-    MatmulTile(64, 64, 128, 4, 4, 0, 0),
-    MatmulTile(32, 64, 256, 4, 3, 0, 0),
-    MatmulTile(16, 64, 256, 4, 3, 0, 0),
+    MatmulTile(64, 128, 128, 4, 3, 0, Tail.WHOLE),
+    MatmulTile(64, 64, 128, 4, 4, 0, Tail.WHOLE),
+    MatmulTile(32, 64, 256, 4, 3, 0, Tail.WHOLE),
+    MatmulTile(16, 64, 256, 4, 3, 0, Tail.WHOLE),
 )
 
 
-def gemv_takes(rows: int, depth: int, dtype: torch.dtype) -> bool:
+def gemv_takes(rows: int, width: int, depth: int, dtype: torch.dtype) -> bool:
     """Whether `int8_gemv`, and not the fused kernel, is for a W8A16 product; for float32 that has no matrix units to use."""
-    return rows == 1 or (rows == GEMV_MAX_ROWS and (depth <= _GEMV_DEEPEST or dtype == torch.float32))
+    return rows <= GEMV_MAX_ROWS and (dtype == torch.float32 or width * depth <= _GEMV_LARGEST.get(rows, 0))
 
 
 def row_bucket(rows: int) -> int:
@@ -134,7 +163,8 @@ def candidates(
         return tuple(tile for tile in table[bucket] if _fits(tile, device))
     if kernel == "int8_matmul":
         tiles = _MATMUL_SMALL if rows <= 64 else _MATMUL_LARGE
-        return tuple(t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16) and not (t.split and depth < 4096))
+        fitting = (t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16))
+        return tuple(t for t in fitting if t.tail != Tail.DEPTH or depth >= _DEEP)
     return ()
 
 
@@ -147,20 +177,21 @@ def tile_for(
 
 
 @functools.cache
-def _guess(
-    kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device
-) -> FusedTile | MatmulTile:
+def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> FusedTile | MatmulTile:
     tiles = candidates(kernel, rows, width, depth, dtype, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if kernel == "int8_linear":
-        # Enough programs to keep some 4 MB on their way: a split fills the card where there are few rows of tiles.
-        enough = [t for t in tiles if -(-rows // t.m) * -(-width // t.n) * t.split >= 2 * processors]
-        return enough[0] if enough else max(tiles, key=lambda t: t.split)  # type: ignore[union-attr,arg-type,return-value]
+    fused = [t for t in tiles if isinstance(t, FusedTile)]
+    if fused:
+        # The smaller a tile, the more of them a multiprocessor needs to keep memory busy; a piece of less than six steps
+        # costs more than it brings.
+        long = [t for t in fused if t.split == 1 or depth >= 6 * t.split * t.k]
+        enough = [t for t in long if -(-rows // t.m) * -(-width // t.n) * t.split * t.m >= 64 * processors]
+        return enough[0] if enough else max(long, key=lambda t: t.split, default=fused[0])
     full = -(-rows // 128) * -(-width // 128)
     if rows > 64 and full < 0.5 * processors:  # half tiles leave fewer multiprocessors idle
         return next((t for t in tiles if t.m == 64), tiles[0])
     if depth >= 8192 and full > 2 * processors:
-        return next((t for t in tiles if isinstance(t, MatmulTile) and t.split), tiles[0])
+        return next((t for t in tiles if isinstance(t, MatmulTile) and t.tail == Tail.DEPTH), tiles[0])
     return tiles[0]
 
 

@@ -15,14 +15,15 @@ from kernel_cases import DTYPES, INTERPRETED, laid_out, relative
 
 from squareq_fx.kernels import dispatch, reference, tiles
 from squareq_fx.kernels.arguments import ACTIVATIONS
-from squareq_fx.kernels.tiles import MatmulTile
+from squareq_fx.kernels.tiles import MatmulTile, Tail
 
 __all__ = ["MatmulCase", "assert_accurate", "matmul_cases", "matmul_implementations", "tiles_to_try"]
 
 _INTERPRETED_TILES = (  # whole tiles and split ones on the interpreter's four programs; one program for each tile
-    MatmulTile(16, 32, 64, 4, 1, 1, 1),
-    MatmulTile(32, 16, 32, 4, 1, 1, 0),
-    MatmulTile(16, 16, 128, 4, 1, 0, 0),
+    MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH),
+    MatmulTile(32, 16, 32, 4, 1, 1, Tail.ROWS),
+    MatmulTile(32, 16, 32, 4, 1, 1, Tail.WHOLE),
+    MatmulTile(16, 16, 128, 4, 1, 0, Tail.WHOLE),
 )
 
 
@@ -38,11 +39,11 @@ def matmul_implementations() -> list[object]:
 
 
 def tiles_to_try(rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> Sequence[MatmulTile]:
-    """All tiles of a shape, and one that cuts its last tiles whatever the depth."""
+    """All tiles of a shape, and two that cut their last tiles whatever the depth."""
     if INTERPRETED:
         return _INTERPRETED_TILES
     found = [t for t in tiles.candidates("int8_matmul", rows, width, depth, dtype, device) if isinstance(t, MatmulTile)]
-    return [*found, MatmulTile(64, 64, 64, 4, 3, 2, 1)]
+    return [*found, *(MatmulTile(64, 64, 64, 4, 3, 2, tail) for tail in (Tail.DEPTH, Tail.ROWS))]
 
 
 def _other_tile(xq: torch.Tensor, sx: torch.Tensor, qweight: torch.Tensor, *rest: object) -> torch.Tensor:

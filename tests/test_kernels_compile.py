@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from squareq_fx.kernels import dequantize_rows, int8_gemv, int8_linear, int8_matmul, quantize_rows, tiles  # noqa: E402
-from squareq_fx.kernels.tiles import FusedTile, MatmulTile  # noqa: E402
+from squareq_fx.kernels.tiles import FusedTile, MatmulTile, Tail  # noqa: E402
 
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HOPPER, AMPERE = 90, 80
@@ -73,7 +73,6 @@ def fused(dtype: str, tile: FusedTile, target: int, even: bool = True) -> Any:
         "EVEN_K": even,
         "WIDEN": False,
         "SPLITS": tile.split > 1,
-        "SLICES": 1 if dtype == "fp32" else tile.slices,
     }
     if tile.split == 1:
         constants |= {"partial_ptr": None, "counter_ptr": None}
@@ -93,6 +92,7 @@ def product(
     types = {"a": "*i8", "b": "*i8", "x_ptr": "*i8", "y_ptr": f"*{dtype}", "addend_ptr": f"*{dtype}", "partial_ptr": "*i32"}
     if descriptors:
         types |= {"a": f"tensordesc<i8[{tile.m}, {tile.k}]>", "b": f"tensordesc<i8[{tile.n}, {tile.k}]>"}
+        types["half"] = f"tensordesc<i8[{tile.m // 2}, {tile.k}]>"
     constants = {
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -101,14 +101,15 @@ def product(
         "EVEN_K": even,
         "ALIGNED": aligned,
         "ACTIVATION": activation,
-        "SPLITS": bool(tile.split),
+        "TAIL": tile.tail.name,
     }
+    if not descriptors or tile.tail != Tail.ROWS:
+        constants["half"] = None
     if not addend:
         constants["addend_ptr"] = None
-    if not tile.split:
+    if tile.tail != Tail.DEPTH:
         constants |= {"partial_ptr": None, "counter_ptr": None}
     return compiled(int8_matmul._int8_matmul, types, constants, tile.warps, tile.stages, target)
-
 
 
 each_target = pytest.mark.parametrize(("dtype", "target"), [("bf16", HOPPER), ("fp32", HOPPER), ("fp16", AMPERE)])
@@ -127,37 +128,29 @@ def test_the_fused_product(dtype: str, target: int) -> None:
     assert "atom" not in text and "atom" in fused(dtype, split, target, even=False).asm["ptx"]
 
 
-@pytest.mark.parametrize("target", (HOPPER, AMPERE))
-@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
-def test_slices_of_the_depth_take_warps_of_their_own(dtype: str, target: int) -> None:
-    """Of each program's weights every warp widens its own: an eighth of the instructions that one warp would need."""
-    tile = FusedTile(16, 32, 256, 8, 4, 1, 8)
-    sliced, shared = fused(dtype, tile, target), fused(dtype, tile._replace(warps=2, slices=1), target)
-    assert "mma.sync" in sliced.asm["ptx"] and "wgmma" not in sliced.asm["ptx"]
-    products = [one.asm["ptx"].count("mma.sync") for one in (sliced, shared)]
-    assert products[0] * 4 == products[1], "per warp, of four times as many warps"
-    assert 4 * sliced.metadata.shared <= SHARED[target] or target == AMPERE
-    assert "mma.sync" in fused(dtype, tile._replace(split=2), target, even=False).asm["ptx"]
-
-
 def test_the_int8_product_for_hopper() -> None:
-    tile = MatmulTile(128, 128, 128, 4, 3, 2, 1)
+    tile = MatmulTile(128, 128, 128, 4, 3, 2, Tail.DEPTH)
     made = product("bf16", tile, HOPPER, descriptors=True)
     text = made.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in text and "cp.async.bulk.tensor" in text and "atom" in text
     assert 2 * made.metadata.shared <= SHARED[HOPPER], "two programs a multiprocessor"
-    pointers = product("fp32", tile._replace(m=64, split=0), HOPPER, descriptors=False, even=False).asm["ptx"]
+    halves = product("bf16", tile._replace(tail=Tail.ROWS), HOPPER, descriptors=True)
+    assert 2 * halves.metadata.shared <= SHARED[HOPPER] and "atom" not in halves.asm["ptx"]
+    assert halves.asm["ptx"].count("wgmma.mma_async") > product("bf16", tile._replace(tail=Tail.WHOLE), HOPPER, True).asm[
+        "ptx"
+    ].count("wgmma.mma_async")
+    pointers = product("fp32", tile._replace(m=64, tail=Tail.WHOLE), HOPPER, descriptors=False, even=False).asm["ptx"]
     assert "wgmma.mma_async" in pointers and "cp.async.bulk.tensor" not in pointers and "atom" not in pointers
 
 
 def test_the_int8_product_for_ampere() -> None:
-    text = product("fp16", MatmulTile(64, 128, 128, 4, 3, 2, 1), AMPERE, descriptors=False).asm["ptx"]
+    text = product("fp16", MatmulTile(64, 128, 128, 4, 3, 2, Tail.DEPTH), AMPERE, descriptors=False).asm["ptx"]
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.(satfinite\.)?s32\.s8\.s8\.s32", text) and "atom" in text
 
 
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
 def test_every_epilogue(activation: str) -> None:
-    tile = MatmulTile(64, 64, 128, 4, 3, 0, 0)
+    tile = MatmulTile(64, 64, 128, 4, 3, 0, Tail.WHOLE)
     made = product("bf16", tile, HOPPER, descriptors=True, activation=activation, addend=True, aligned=False)
     assert "wgmma.mma_async" in made.asm["ptx"]
 
@@ -166,9 +159,7 @@ def test_every_epilogue(activation: str) -> None:
 def test_the_kernels_bound_by_memory(dtype: str, target: int) -> None:
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
     rows, columns, warps = dequantize_rows.TILES[NAMES[dtype]]
-    flat = compiled(
-        dequantize_rows._dequantize_rows, types, {"BLOCK_N": rows, "BLOCK_K": columns}, warps, target=target
-    )
+    flat = compiled(dequantize_rows._dequantize_rows, types, {"BLOCK_N": rows, "BLOCK_K": columns}, warps, target=target)
     assert "st.global.v4" in flat.asm["ptx"]
     for x_rows, (block_n, block_k, warps, stages) in int8_gemv._TILES.items():
         constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages}

@@ -18,7 +18,7 @@ from matmul_cases import MatmulCase, assert_accurate, matmul_cases, matmul_imple
 
 from squareq_fx.kernels import cpu, dispatch, reference
 from squareq_fx.kernels.arguments import ACTIVATIONS
-from squareq_fx.kernels.tiles import MatmulTile
+from squareq_fx.kernels.tiles import MatmulTile, Tail
 
 Matmul = Callable[..., torch.Tensor]
 each_implementation = pytest.mark.parametrize(("device", "matmul"), matmul_implementations())
@@ -175,7 +175,7 @@ if INTERPRETED:
 
         arguments = MatmulCase((20,), 260, 70, zero_points=zero_points).build("cpu")
         tile = int8_matmul._INTERPRETER_TILE
-        assert int8_matmul._schedule(20, 70, 260, tile, torch.device("cpu")) == (4, 2, 2, 4)
+        assert int8_matmul._schedule(20, 70, 260, tile, torch.device("cpu")) == (4, 2, 2, 4, Tail.DEPTH)
         assert torch.equal(int8_matmul.int8_matmul(*arguments), cpu.int8_matmul(*arguments))
         assert not counters.counters(torch.device("cpu")).any()
 
@@ -224,9 +224,7 @@ NAMES = ("xq", "sx", "qweight", "scale", "zero_point", "bias", "dtype", "activat
 
 @pytest.mark.parametrize("matmul", [reference.int8_matmul, cpu.int8_matmul, dispatch.int8_matmul])
 @pytest.mark.parametrize(("change", "error", "words"), _wrong())
-def test_wrong_arguments_are_named(
-    matmul: Matmul, change: Callable[[dict], dict], error: type[Exception], words: str
-) -> None:
+def test_wrong_arguments_are_named(matmul: Matmul, change: Callable[[dict], dict], error: type[Exception], words: str) -> None:
     arguments = dict(zip(NAMES, MatmulCase((3,), 40, 6).build("cpu"), strict=True))
     with pytest.raises(error, match=words):
         matmul(**{**arguments, **change(arguments)})
@@ -272,9 +270,7 @@ def test_every_tile_gives_the_same_exact_bits_at_a_model_s_size(shape: tuple[int
 
     rows, width, inner = shape
     generator = torch.Generator("cuda").manual_seed(0)
-    x, q = (
-        torch.randint(-127, 128, (n, inner), generator=generator, device="cuda", dtype=torch.int8) for n in (rows, width)
-    )
+    x, q = (torch.randint(-127, 128, (n, inner), generator=generator, device="cuda", dtype=torch.int8) for n in (rows, width))
     step, scale = (torch.rand(n, generator=generator, device="cuda") + 0.5 for n in (rows, width))
     sx = torch.stack((step, x.sum(1).float()), 1)
     zero = torch.zeros_like(scale)
@@ -294,7 +290,7 @@ def test_a_graph_may_be_replayed_beside_launches_on_another_stream() -> None:
     """Split tiles count in memory that launches of one stream share; every launch must leave it zero."""
     from squareq_fx.kernels import int8_matmul
 
-    tile = MatmulTile(128, 128, 128, 4, 3, 2, 1)
+    tile = MatmulTile(128, 128, 128, 4, 3, 2, Tail.DEPTH)
     arguments = MatmulCase((300,), 4096, 520, torch.bfloat16, bias=False).build("cuda")
     assert int8_matmul._schedule(300, 520, 4096, tile, arguments[0].device)[2] > 1
 

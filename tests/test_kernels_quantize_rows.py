@@ -170,11 +170,11 @@ def test_wrong_arguments_are_named(function: Rows) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", (None, (1, 4096, 4), (2, 4096, 8), (4, 4096, 8)))
-def test_no_tile_changes_a_bit(tile: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("tile", (None, (1, 4096, 1, 4), (2, 4096, 1, 8), (4, 4096, 1, 8), (4, 1024, 3, 4), (1, 256, 12, 1)))
+def test_no_tile_changes_a_bit(tile: tuple[int, int, int, int] | None) -> None:
     from squareq_fx.kernels import quantize_rows
 
     x = normal(1023, 3072).to("cuda", torch.bfloat16)
     expected = reference.quantize_rows(x.cpu())
-    q, sx = quantize_rows.launch(x, tile)
+    q, sx = quantize_rows.launch(x, tile=quantize_rows.RowTile(*tile) if tile else None)
     assert torch.equal(q.cpu(), expected[0]) and torch.equal(sx.cpu(), expected[1])

@@ -208,7 +208,7 @@ def test_the_time_of_a_call() -> None:
 @pytest.fixture
 def some_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Candidates without asking a card."""
-    found = [tiles.MatmulTile(m, 128, 128, 4, 3, 2, 0) for m in (32, 64, 128)]
+    found = [tiles.MatmulTile(m, 128, 128, 4, 3, 2, tiles.Tail.WHOLE) for m in (32, 64, 128)]
     monkeypatch.setattr(tiles, "candidates", lambda kernel, *_: tuple(found) if kernel == "int8_matmul" else ())
     return found  # type: ignore[return-value]
 
@@ -247,9 +247,7 @@ def test_where_no_tile_runs_none_is_chosen(some_tiles: list[Any]) -> None:
     assert not tiles.CHOSEN and len(Table.of(CPU)) == 0
 
 
-def test_a_tile_that_computes_something_else_is_left_out(
-    some_tiles: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tile_that_computes_something_else_is_left_out(some_tiles: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As happened under one compiler, on one card: it would be the fastest here."""
     from squareq_fx.auto import tuning
 

@@ -30,9 +30,7 @@ _OPERATIONS = {
 }
 
 
-def unique_shapes(
-    gm: fx.GraphModule, concrete: Callable[[torch.Tensor], Sequence[int]] | None = None
-) -> tuple[Shape, ...]:
+def unique_shapes(gm: fx.GraphModule, concrete: Callable[[torch.Tensor], Sequence[int]] | None = None) -> tuple[Shape, ...]:
     """What a graph and its functions multiply, each shape once.
 
     Args:
@@ -190,7 +188,7 @@ def _is_tiled(shape: Shape) -> bool:
 
     if shape.kernel != "int8_linear":
         return True
-    return shape.rows <= FUSED_MAX_ROWS[_dtype(shape)] and not gemv_takes(shape.rows, shape.inner, _dtype(shape))
+    return shape.rows <= FUSED_MAX_ROWS[_dtype(shape)] and not gemv_takes(shape.rows, shape.width, shape.inner, _dtype(shape))
 
 
 def _known_tile(shape: Shape, timing: Timing, device: torch.device) -> FusedTile | MatmulTile | None:
