@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from runtime_support import SimEngine, make_store, read, ring_schedule, run_step
 
 from squareq_fx.runtime import Piece, Runtime, Segment, WeightStore, pinning
+from squareq_fx.runtime.device import start_device
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -99,6 +101,41 @@ def test_without_enough_lockable_memory_a_staging_ring_is_used(cudart: FakeCudar
         run_step(runtime, acts, check)
     assert cudart.ranges == {} and engine.threads == {"squareq-reader"}
     runtime.shutdown()
+
+
+@pytest.mark.parametrize("keep", ([], ["b1", "b3"]))
+def test_resident_segments_come_through_the_staging_ring(cudart: FakeCudart, keep: list[str]) -> None:
+    """Checked by several threads at once, each segment once; the ring's thread ends with the last of them."""
+    together, seen = threading.Barrier(2, timeout=30), list[str]()
+
+    def verify(name: str) -> None:
+        seen.append(name)
+        together.wait()
+
+    backing = "disk" if keep else "resident"
+    store, truth = make_store(SIZES, backing, keep_resident=keep, verify=verify)
+    engine = SimEngine(torch.device("cpu"), can_pin=True)
+    threads = threading.enumerate()
+    device = start_device(store, lambda: engine, arena_bytes=1024, chunk_bytes=200, staging_slots=2)
+    assert {name: read(view) for name, view in device.resident.items()} == {name: truth[name] for name in keep or truth}
+    assert sorted(seen) == sorted(keep or truth) and engine.threads == {"squareq-reader"} and cudart.ranges == {}
+    if device.carrier is not None:
+        device.carrier.close()
+    assert threading.enumerate() == threads
+
+
+def test_a_corrupt_resident_segment_is_refused_and_leaves_no_thread(cudart: FakeCudart) -> None:
+    def verify(name: str) -> None:
+        if name == "b2":
+            raise ValueError(f"{name} is corrupt")
+
+    store, _ = make_store(SIZES, "resident", verify=verify)
+    threads = threading.enumerate()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="b2 is corrupt"):
+            engine = SimEngine(torch.device("cpu"), can_pin=True)
+            start_device(store, lambda engine=engine: engine, arena_bytes=0, chunk_bytes=200, staging_slots=2)  # type: ignore[misc]
+    assert threading.enumerate() == threads
 
 
 def test_nothing_is_registered_that_no_copy_reads_from(cudart: FakeCudart) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -117,14 +117,17 @@ class StagedCarrier:
     """A thread gathers segments, chunk by chunk, into a ring of pinned buffers and issues the copies.
 
     Args:
-        chunk_bytes: size of one buffer; never more than the largest streamed segment.
+        names: the segments it is made for.
+        chunk_bytes: size of one buffer; never more than the largest of these segments.
         slots: how many buffers.
     """
 
-    def __init__(self, store: WeightStore, engine: Engine, *, chunk_bytes: int, slots: int) -> None:
+    def __init__(
+        self, store: WeightStore, engine: Engine, names: Iterable[str], *, chunk_bytes: int, slots: int
+    ) -> None:
         self._store = store
         self._engine = engine
-        largest = max(store.segments[name].nbytes for name in store.streamed)
+        largest = max(store.segments[name].nbytes for name in names)
         self._chunk_bytes = max(1, min(chunk_bytes, largest))
         staging = engine.stage(self._chunk_bytes * slots)
         self._slots = [_Slot(memory) for memory in staging.split(self._chunk_bytes)]

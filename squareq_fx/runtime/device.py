@@ -47,14 +47,28 @@ def start_device(
     offsets, resident_bytes = packed_offsets(store.segments[name] for name in store.resident)
     memory = engine.allocate(resident_bytes)
     resident = {name: memory[start : start + store.segments[name].nbytes] for name, start in offsets.items()}
-    for name, view in resident.items():
-        store.check(name)
-        store.gather(name, view)
-    carrier = _carrier(store, engine, chunk_bytes, staging_slots) if store.streamed else None
+    with store.checking_ahead():
+        _fill(resident, store, engine, chunk_bytes, staging_slots)
+        carrier = _carrier(store, engine, chunk_bytes, staging_slots) if store.streamed else None
     return Device(engine, arena, resident, resident_bytes, carrier)
+
+
+def _fill(resident: dict[str, torch.Tensor], store: WeightStore, engine: Engine, chunk_bytes: int, slots: int) -> None:
+    """Through pinned buffers, as the driver takes several times as long for memory that is not pinned."""
+    if not engine.can_pin or not resident:
+        for name, view in resident.items():
+            store.check(name)
+            store.gather(name, view)
+        return
+    carrier = StagedCarrier(store, engine, resident, chunk_bytes=chunk_bytes, slots=slots)
+    try:
+        for transfer in [carrier.send(name, view, ()) for name, view in resident.items()]:
+            transfer.issued(carrier)
+    finally:
+        carrier.close()
 
 
 def _carrier(store: WeightStore, engine: Engine, chunk_bytes: int, slots: int) -> Carrier:
     if store.backing == "host" and (not engine.can_pin or store.pin()):
         return DirectCarrier(store, engine)
-    return StagedCarrier(store, engine, chunk_bytes=chunk_bytes, slots=slots)
+    return StagedCarrier(store, engine, store.streamed, chunk_bytes=chunk_bytes, slots=slots)

@@ -6,7 +6,9 @@ import difflib
 import mmap
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +19,7 @@ from squareq_fx.runtime.segments import Segment, packed_offsets
 
 __all__ = ["Backing", "WeightStore"]
 
+_CHECKERS = 4
 Backing = Literal["resident", "host", "disk"]
 
 
@@ -30,8 +33,8 @@ class WeightStore:
             pinned range, assembled segments are packed once into a second. "disk": `data` stays an unpinned
             mapping that a reader thread copies from. On the CPU "host" is plain memory.
         keep_resident: segments that stay on the device in the other two backings.
-        verify: called with a segment's name once, before its bytes are first used, perhaps on the reader
-            thread; it raises if they are wrong, and is then asked again the next time.
+        verify: called with a segment's name once, before its bytes are first used, perhaps on another thread
+            and beside other calls; it raises if they are wrong, and is then asked again the next time.
 
     Raises:
         RuntimeStateError: `data` of another kind, a piece beyond its end, two segments of one name, an
@@ -60,7 +63,7 @@ class WeightStore:
         self.streamed: tuple[str, ...] = tuple(n for n in self.segments if n not in self.resident)
         self._verify = verify
         self._verified: set[str] = set()
-        self._verify_lock = threading.RLock()
+        self._verify_locks = {name: threading.RLock() for name in self.segments}
         assembled = [name for name in self.streamed if self.segments[name].data_offset is None]
         self._packed_offsets, self._packed_bytes = packed_offsets(self.segments[name] for name in assembled)
         self._packed: torch.Tensor | None = None
@@ -80,11 +83,28 @@ class WeightStore:
         """Verifies a segment unless that has been done. Raises what the `verify` callable raises."""
         if name in self._verified:
             return
-        with self._verify_lock:
+        with self._verify_locks[name]:
             if name not in self._verified:
                 if self._verify is not None:
                     self._verify(name)
                 self._verified.add(name)
+
+    @contextmanager
+    def checking_ahead(self) -> Iterator[None]:
+        """Inside, threads check what is read from now on in any case: one alone is slower than the copies that wait for it.
+        What they find wrong is found again, and raised, by the `check` that needs it.
+        """
+        names = [*self.resident, *(self.streamed if self.backing == "host" else ())]
+        if self._verify is None or not names:
+            yield
+            return
+        with ThreadPoolExecutor(_CHECKERS, "squareq-check") as pool:
+            for name in names:
+                pool.submit(self.check, name)
+            try:
+                yield
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def gather(self, name: str, destination: torch.Tensor, start: int = 0) -> None:
         """Copies the segment's bytes from `start` on into `destination`, uint8 [n] on any device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,6 @@ class Slab:
         self._segment_of = {key: s.tensors for s in self.segments for key in s.tensors}
         self._data: torch.Tensor | None = mapping[data_start:]
         self._verified: set[str] = set()
-        self._lock = threading.Lock()
 
     @property
     def signature(self) -> str:
@@ -133,8 +131,7 @@ class Slab:
         """
         if not self._checksums:
             return
-        with self._lock:
-            bad = [key for key in keys if key not in self._verified and not self._matches(key)]
+        bad = [key for key in keys if key not in self._verified and not self._matches(key)]
         if bad:
             raise SlabError(
                 f"slab {self.path} is corrupt: copy or build it again",
@@ -148,8 +145,7 @@ class Slab:
         Raises:
             SlabError: listing every tensor that does not match.
         """
-        with self._lock:
-            self._verified.clear()
+        self._verified.clear()
         self.verify_segment(self._checksums)
 
     def close(self) -> None:
