@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute", choices=("w8a16", "w8a8"), default="w8a16", help="of our arms")
     parser.add_argument("--backend", choices=("eager", "inductor", "cudagraph"), default="eager", help="of our arms")
     parts = [part for part, _ in MEASUREMENT]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="only these; later ones need what earlier made")
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="only these; some need others")
     parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="toys on the CPU")
     options = parser.parse_args(arguments)
