@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -46,7 +47,8 @@ STAGES = {
 TARGET = 10.0  # seconds to the first output from a warm cache
 CLASSES = {"flux": "FluxTransformer2DModel", "sdxl": "UNet2DConditionModel"}
 SLAB_SUFFIXES = (".safetensors", ".manifest.json")
-_COLUMNS = ("run", *STAGES.values(), "first output after", "second call", "Inductor programs", "of them from its cache")
+_FIGURES = ("first output after", "kernels tuned in", "second call", "Inductor programs", "of them from its cache")
+_COLUMNS = ("run", *STAGES.values(), *_FIGURES)
 _PASSED = ("model", "compute", "backend", "size", "batch")
 
 
@@ -69,6 +71,7 @@ def measure(options: argparse.Namespace) -> None:
     done("imports")
     slab, model = squareq_fx.open_slab(options.slab), subject.on_meta()
     done("model")
+    tuned = _Tuned.listening()
     how: Row = {"compute": options.compute, "backend": options.backend, "backing": "resident", "progress": False}
     module = squareq_fx.compile(model, slab, device=subject.device, **how)
     done("compile")
@@ -89,10 +92,27 @@ def measure(options: argparse.Namespace) -> None:
         device = f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
     packages = ("torch", "diffusers") if options.tiny else ("torch", "triton", "diffusers")
     versions = {"Python": platform.python_version()} | {name: version(name) for name in packages}
-    row: Row = {"timeline": timeline, "second_call": second, "compilations": len(module.lowering.compilations)}
-    row["from_cache"] = counters["inductor"]["fxgraph_cache_hit"]
+    row: Row = {"timeline": timeline, "tuning": tuned.seconds, "second_call": second}
+    row |= {"compilations": len(module.lowering.compilations), "from_cache": counters["inductor"]["fxgraph_cache_hit"]}
     module.shutdown()
     print(json.dumps({**row, "device": device, "versions": {**versions, "squareq_fx": squareq_fx.__version__}}), flush=True)
+
+
+class _Tuned(logging.Handler):
+    """Adds up what `tune` says that it took; it is a part of the compile stage."""
+
+    seconds = 0.0
+
+    @classmethod
+    def listening(cls) -> _Tuned:
+        handler, logger = cls(), logging.getLogger("squareq_fx.auto.tuning")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("tiles of") and isinstance(record.args, tuple):
+            self.seconds += float(record.args[-1])  # type: ignore[arg-type]
 
 
 def _child(options: argparse.Namespace) -> int:
@@ -132,7 +152,7 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
     for row in rows:
         times = list(row["timeline"].values())
         cells = [row["run"], *(f"{b - a:.2f}" for a, b in pairwise([0.0, *times])), f"{times[-1]:.2f}"]
-        cells += [f"{row['second_call']:.3f}", str(row["compilations"]), str(row["from_cache"])]
+        cells += [f"{row['tuning']:.2f}", f"{row['second_call']:.3f}", str(row["compilations"]), str(row["from_cache"])]
         lines.append(f"| {' | '.join(cells)} |")
     warm = [f"{row['run']} {_verdict(row['timeline']['first_output'])}" for row in rows if row["run"] != RUNS[0]]
     target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from squareq_fx.auto.timings import Shape, Table
+from squareq_fx.auto.tuning import tune
+from squareq_fx.kernels import tiles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -83,7 +90,7 @@ def test_progress_is_told_as_it_goes(done: Any) -> None:
 
 def row(name: str, first_output: float) -> dict[str, Any]:
     timeline = {"libraries": 1.5, "imports": 2.0, "model": 2.5, "compile": first_output - 1, "first_output": first_output}
-    counts = {"second_call": 0.13, "compilations": 6, "from_cache": 6}
+    counts = {"tuning": 7.25, "second_call": 0.13, "compilations": 6, "from_cache": 6}
     return {"run": name, "timeline": timeline, **counts, "device": "a card", "versions": {"Python": "3.11", "torch": "2.11"}}
 
 
@@ -94,8 +101,23 @@ def test_the_target_is_for_warm_runs() -> None:
     assert "within 10 s: warm 1 missed by 2.50 s; warm 2 met by 0.75 s." in page
     assert "Without the imports of torch and diffusers: 88.50, 11.00, 7.75 s." in page
     assert "the first run may read it from the disk" in page
-    assert "| warm 2 | 1.50 | 0.50 | 0.50 | 5.75 | 1.00 | 9.25 | 0.130 | 6 | 6 |" in page
+    assert "| warm 2 | 1.50 | 0.50 | 0.50 | 5.75 | 1.00 | 9.25 | 7.25 | 0.130 | 6 | 6 |" in page
     assert "within 10 s: not measured." in startup.report(setting, [row("cold", 9.0)])
+
+
+def test_the_seconds_of_tuning_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "CHOSEN", {})
+    heard = startup._Tuned.listening()
+
+    def measure(shape: Shape, tile: Any, device: torch.device) -> float:
+        time.sleep(0.02)
+        return 1.0
+
+    for name, width in (("one", 64), ("two", 128)):
+        before, shape = heard.seconds, Shape("int8_matmul", "bfloat16", 8, width, 64)
+        assert tune([shape], torch.device("cpu"), Table(tmp_path / name), measure=measure, progress=False) == 1
+        assert 0.02 <= heard.seconds - before < 5
+    logging.getLogger("squareq_fx.auto.tuning").removeHandler(heard)
 
 
 def test_a_slab_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ __all__ = ["layer_times", "tune", "unique_shapes", "use_known_tiles"]
 Measure = Callable[[Shape, Any, torch.device], float]
 """Microseconds of one call of a shape's kernel with a tile; infinite if the tile does not run there."""
 
+_LOG = logging.getLogger(__name__)
 _OPERATIONS = {
     ops.int8_linear: "int8_linear",
     ops.int8_linear_parts: "int8_linear",
@@ -160,7 +163,7 @@ def tune(
         if _tiles(shape, device) and _key(shape) not in tiles.CHOSEN and _is_tiled(shape):
             wanted.setdefault(shape.key, Shape.of_key(shape.key))
     total = sum(len(_tiles(shape, device)) for shape in wanted.values())
-    done = 0
+    done, start = 0, time.perf_counter()
     try:
         with count_bar(total, "tuning kernels", progress) as advance:
             for shape in wanted.values():
@@ -175,6 +178,7 @@ def tune(
                     done += 1
     finally:
         table.save()
+    _LOG.info("tiles of %d shapes measured in %.2f s", done, time.perf_counter() - start)
     return done
 
 
