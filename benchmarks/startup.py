@@ -39,7 +39,7 @@ Row = dict[str, Any]
 RUNS = ("cold", "warm 1", "warm 2")
 STAGES = {
     "libraries": "torch, diffusers imported",
-    "imports": "squareq_fx imported",
+    "imports": "squareq_fx, benchmark imported",
     "model": "slab opened, model on meta",
     "compile": "compile",
     "first_output": "first call",
@@ -72,7 +72,8 @@ def measure(options: argparse.Namespace) -> None:
     slab, model = squareq_fx.open_slab(options.slab), subject.on_meta()
     done("model")
     tuned = _Tuned.listening()
-    how: Row = {"compute": options.compute, "backend": options.backend, "backing": "resident", "progress": False}
+    how: Row = {name: getattr(options, name) for name in ("compute", "backend", "tune")}
+    how |= {"backing": "resident", "progress": False}
     module = squareq_fx.compile(model, slab, device=subject.device, **how)
     done("compile")
     with torch.no_grad():
@@ -152,7 +153,8 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
     for row in rows:
         times = list(row["timeline"].values())
         cells = [row["run"], *(f"{b - a:.2f}" for a, b in pairwise([0.0, *times])), f"{times[-1]:.2f}"]
-        cells += [f"{row['tuning']:.2f}", f"{row['second_call']:.3f}", str(row["compilations"]), str(row["from_cache"])]
+        tuned = f"{row['tuning']:.2f}" if row["tuning"] else "-"
+        cells += [tuned, f"{row['second_call']:.3f}", str(row["compilations"]), str(row["from_cache"])]
         lines.append(f"| {' | '.join(cells)} |")
     warm = [f"{row['run']} {_verdict(row['timeline']['first_output'])}" for row in rows if row["run"] != RUNS[0]]
     target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."
@@ -169,7 +171,7 @@ def _run(kind: str, options: argparse.Namespace, slab: Path, end: float, environ
     command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--slab", str(slab)]
     for name in _PASSED:
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--tiny"] * options.tiny + ["--started", repr(time.time())]
+    command += ["--tiny"] * options.tiny + ["--tune"] * options.tune + ["--started", repr(time.time())]
     left = max(0.1, end - time.monotonic())
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=left)
     if done.returncode:
@@ -183,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compute", choices=("w8a16", "w8a8", "auto"), default="w8a8")
     parser.add_argument("--backend", choices=("inductor", "cudagraph", "eager"), default="inductor")
     parser.add_argument("--slab", type=Path, help="a slab of this model, without extension; default: one is built")
+    parser.add_argument("--tune", action="store_true", help="compile(tune=True): the cold run measures the kernels' tiles")
     parser.add_argument("--size", type=int, default=1024, help="pixels a side; a toy's are its own")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
@@ -199,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting: Row = {name: getattr(options, name) for name in _PASSED} | {"tiny": options.tiny, "slab_given": bool(options.slab)}
     chosen = [f"--{name} {setting[name]}" for name in _PASSED[1:] if setting[name] != parser.get_default(name)]
     command = ["python benchmarks/startup.py", f"--model {options.model}", *chosen]
-    command += ["--tiny"] * setting["tiny"] + ["--slab SLAB"] * setting["slab_given"]
+    command += ["--tune"] * options.tune + ["--tiny"] * setting["tiny"] + ["--slab SLAB"] * setting["slab_given"]
     setting |= {"command": " ".join(command), "date": date.today().isoformat()}
     options.out.mkdir(parents=True, exist_ok=True)
     end, rows = time.monotonic() + options.limit, []

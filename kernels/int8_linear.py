@@ -101,8 +101,9 @@ def _int8_linear(
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for first in range(0, split, 4):
                 for i in tl.static_range(4):  # four at a time are on their way
-                    other = slots + (first + i) * (BLOCK_M * BLOCK_N) + inner
-                    acc += tl.load(other, mask=first + i < split, other=0.0, cache_modifier=".cg")
+                    other = tl.zeros_like(inner) + (first + i)
+                    sums = slots + other * (BLOCK_M * BLOCK_N) + inner
+                    acc += tl.load(sums, mask=other < split, other=0.0, cache_modifier=".cg")
             tl.store(counter_ptr + pid, 0)  # ready for the next launch
     if last:
         # q - zero need not fit 16 bits, so it comes in by linearity; a symmetric slab skips this pass over x.

@@ -2,7 +2,7 @@
 
 Sums are int32 and so exact: in which order they are taken cannot be seen in the result. That is why the last tiles, which do
 not fill the card, can be cut along K and summed by whichever program comes last (Stream-K, arXiv 2301.03598, with a tail of
-split tiles only) without losing the same bits at every run.
+split tiles only) without losing the same bits at every run. Or they are cut into halves of their rows, if all run at once.
 
 On Hopper, programs stay and take tile after tile, and the tensor copy engine fetches the operands, so that one tile's first
 bytes arrive while another is finished.
@@ -20,9 +20,9 @@ import triton.language as tl
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
-from squareq_fx.kernels.tiles import MatmulTile, Tail, tile_for
+from squareq_fx.kernels.tiles import MatmulTile, Tail, halves_fit, tile_for
 
-__all__ = ["int8_matmul", "launch"]
+__all__ = ["Schedule", "int8_matmul", "launch"]
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _int8_matmul(
     part_n,  # columns of one part of y
     whole,  # tiles computed by one program each
     tail,  # tiles after those
-    split,  # programs that share each tile of the tail
+    split,  # programs that share each tile of the tail: its depth, or two its rows
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -193,19 +193,18 @@ def _int8_matmul(
             BLOCK_M, BLOCK_N, ALIGNED, ACTIVATION,
         )  # fmt: skip
 
-    if TAIL == "ROWS":
+    if TAIL == "ROWS" and pid < tail * split:
         HALF: tl.constexpr = BLOCK_M // 2
-        for piece in range(pid, 2 * tail, tl.num_programs(0)):
-            m0, n0 = _origin(whole + piece // 2, M, N, BLOCK_M, BLOCK_N)
-            m0 += piece % 2 * HALF
-            acc = _product(
-                tl.zeros((HALF, BLOCK_N), dtype=tl.int32), half if DESCRIPTORS else a, b, m0, n0, 0, depth,
-                M, N, K, packed_k, stride_xm, stride_qn, HALF, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
-            )  # fmt: skip
-            _finish(
-                acc, m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
-                HALF, BLOCK_N, ALIGNED, ACTIVATION,
-            )  # fmt: skip
+        m0, n0 = _origin(whole + pid // 2, M, N, BLOCK_M, BLOCK_N)
+        m0 += pid % 2 * HALF
+        acc = _product(
+            tl.zeros((HALF, BLOCK_N), dtype=tl.int32), half if DESCRIPTORS else a, b, m0, n0, 0, depth,
+            M, N, K, packed_k, stride_xm, stride_qn, HALF, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
+        )  # fmt: skip
+        _finish(
+            acc, m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
+            HALF, BLOCK_N, ALIGNED, ACTIVATION,
+        )  # fmt: skip
     if TAIL == "DEPTH" and pid < tail * split:
         tile = whole + pid // split
         piece = pid % split
@@ -366,13 +365,14 @@ def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch
     if not tile.programs:
         return Schedule(tiles, 0, 1, tiles, Tail.WHOLE)
     at_once = _INTERPRETER_PROGRAMS if INTERPRETED else _processors(device) * tile.programs
-    tail = tiles % at_once
-    if 0 < 2 * tail <= at_once and tile.tail == Tail.ROWS:
-        return Schedule(tiles - tail, tail, 1, max(min(tiles - tail, at_once), 2 * tail), Tail.ROWS)
-    split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH) if tail and tile.tail == Tail.DEPTH else 1
-    if split < 2 or tail > COUNTERS:
+    tail, split = tiles % at_once, 1
+    if tile.tail == Tail.ROWS and halves_fit(rows, width, tile, at_once):
+        split = 2
+    if tile.tail == Tail.DEPTH and 0 < tail <= COUNTERS:
+        split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH)
+    if split < 2:
         return Schedule(tiles, 0, 1, min(tiles, at_once), Tail.WHOLE)
-    return Schedule(tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split), Tail.DEPTH)
+    return Schedule(tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split), tile.tail)
 
 
 @functools.cache

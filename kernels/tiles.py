@@ -21,6 +21,7 @@ __all__ = [
     "Tail",
     "candidates",
     "gemv_takes",
+    "halves_fit",
     "key",
     "row_bucket",
     "tile_for",
@@ -53,7 +54,7 @@ class Tail(IntEnum):
     DEPTH = 1
     """Cut along their depth, their sums added up at the end."""
     ROWS = 2
-    """Cut into halves of as many rows each."""
+    """Cut into halves of as many rows each, if all of these run at once."""
 
 
 class MatmulTile(NamedTuple):
@@ -106,8 +107,8 @@ _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
         FusedTile(64, 64, 128, 4, 3, 1),
         FusedTile(64, 64, 128, 4, 3, 2),
         FusedTile(64, 64, 128, 4, 3, 4),
+        FusedTile(64, 64, 64, 4, 4, 4),
         FusedTile(128, 64, 128, 4, 3, 1),
-        FusedTile(128, 64, 128, 4, 3, 4),
     ),
 }
 _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
@@ -164,8 +165,21 @@ def candidates(
     if kernel == "int8_matmul":
         tiles = _MATMUL_SMALL if rows <= 64 else _MATMUL_LARGE
         fitting = (t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16))
-        return tuple(t for t in fitting if t.tail != Tail.DEPTH or depth >= _DEEP)
+        return tuple(t for t in fitting if _tail_pays(t, rows, width, depth, device))
     return ()
+
+
+def halves_fit(rows: int, width: int, tile: MatmulTile, at_once: int) -> bool:
+    """Whether the halves of the tiles that are left over when `at_once` programs have taken theirs run all at once."""
+    left_over = -(-rows // tile.m) * -(-width // tile.n) % max(at_once, 1)
+    return 0 < 2 * left_over <= at_once
+
+
+def _tail_pays(tile: MatmulTile, rows: int, width: int, depth: int, device: torch.device) -> bool:
+    if tile.tail == Tail.ROWS and device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return halves_fit(rows, width, tile, processors * tile.programs)
+    return tile.tail != Tail.DEPTH or depth >= _DEEP
 
 
 def tile_for(

@@ -17,9 +17,9 @@ from squareq_fx.kernels import dispatch, reference, tiles
 from squareq_fx.kernels.arguments import ACTIVATIONS
 from squareq_fx.kernels.tiles import MatmulTile, Tail
 
-__all__ = ["MatmulCase", "assert_accurate", "matmul_cases", "matmul_implementations", "tiles_to_try"]
+__all__ = ["INTERPRETED_TILES", "MatmulCase", "assert_accurate", "matmul_cases", "matmul_implementations", "tiles_to_try"]
 
-_INTERPRETED_TILES = (  # whole tiles and split ones on the interpreter's four programs; one program for each tile
+INTERPRETED_TILES = (  # whole tiles and split ones on the interpreter's four programs; one program for each tile
     MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH),
     MatmulTile(32, 16, 32, 4, 1, 1, Tail.ROWS),
     MatmulTile(32, 16, 32, 4, 1, 1, Tail.WHOLE),
@@ -41,7 +41,7 @@ def matmul_implementations() -> list[object]:
 def tiles_to_try(rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> Sequence[MatmulTile]:
     """All tiles of a shape, and two that cut their last tiles whatever the depth."""
     if INTERPRETED:
-        return _INTERPRETED_TILES
+        return INTERPRETED_TILES
     found = [t for t in tiles.candidates("int8_matmul", rows, width, depth, dtype, device) if isinstance(t, MatmulTile)]
     return [*found, *(MatmulTile(64, 64, 64, 4, 3, 2, tail) for tail in (Tail.DEPTH, Tail.ROWS))]
 

@@ -107,6 +107,9 @@ def test_the_target_is_for_warm_runs() -> None:
 
 def test_the_seconds_of_tuning_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "CHOSEN", {})
+    logger = logging.getLogger("squareq_fx.auto.tuning")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.WARNING)
     heard = startup._Tuned.listening()
 
     def measure(shape: Shape, tile: Any, device: torch.device) -> float:
@@ -117,7 +120,6 @@ def test_the_seconds_of_tuning_are_heard(tmp_path: Path, monkeypatch: pytest.Mon
         before, shape = heard.seconds, Shape("int8_matmul", "bfloat16", 8, width, 64)
         assert tune([shape], torch.device("cpu"), Table(tmp_path / name), measure=measure, progress=False) == 1
         assert 0.02 <= heard.seconds - before < 5
-    logging.getLogger("squareq_fx.auto.tuning").removeHandler(heard)
 
 
 def test_a_slab_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ if INTERPRETED:
         tuner = bring("kernels_tiles")
         jobs = tuner.jobs_for([TOY, layers.Layer(5, 40, 96)], [TOY, layers.Layer(5, 40, 96)], [(8, 256, 4)], [])
         fused = [job.tile for job in jobs if job.kernel == "int8_linear"]
-        assert len({(*tile[:5], tile.split > 1) for tile in fused}) == len(fused) >= 3
+        assert len({(*tile[:5], tile.split > 1) for tile in fused}) == len(fused) >= 2
         assert [job.tile for job in jobs if job.kernel == "int8_matmul"] == [MatmulTile(16, 64, 256, 4, 3, 0, Tail.WHOLE)]
         assert [job.kernel for job in jobs].count("dequantise") == 1
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +16,7 @@ from runtime_support import SimEngine, make_store, read, ring_schedule, run_step
 
 from squareq_fx.runtime import Piece, Runtime, Segment, WeightStore, pinning
 from squareq_fx.runtime.device import start_device
+from squareq_fx.runtime.engines import CpuEngine
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -124,18 +129,84 @@ def test_resident_segments_come_through_the_staging_ring(cudart: FakeCudart, kee
     assert threading.enumerate() == threads
 
 
-def test_a_corrupt_resident_segment_is_refused_and_leaves_no_thread(cudart: FakeCudart) -> None:
+def test_a_corrupt_resident_segment_is_refused_and_leaves_nothing(cudart: FakeCudart) -> None:
     def verify(name: str) -> None:
         if name == "b2":
             raise ValueError(f"{name} is corrupt")
 
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(CpuEngine):
+        can_pin = True
+
+        def allocate(self, nbytes: int) -> torch.Tensor:
+            memory = super().allocate(nbytes)
+            made.append(weakref.ref(memory))
+            return memory
+
     store, _ = make_store(SIZES, "resident", verify=verify)
     threads = threading.enumerate()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="b2 is corrupt"):
-            engine = SimEngine(torch.device("cpu"), can_pin=True)
-            start_device(store, lambda engine=engine: engine, arena_bytes=0, chunk_bytes=200, staging_slots=2)  # type: ignore[misc]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="b2 is corrupt"):
+                start_device(store, lambda: Watched(torch.device("cpu")), arena_bytes=0, chunk_bytes=200, staging_slots=2)
+        assert len(made) == 6 and [ref() for ref in made] == [None] * 6, "the arena, the weights and the ring, twice"
+    finally:
+        gc.enable()
     assert threading.enumerate() == threads
+
+
+def test_without_pinned_memory_resident_segments_are_copied_as_they_are() -> None:
+    class Refusing(CpuEngine):
+        can_pin = True
+
+        def stage(self, nbytes: int) -> torch.Tensor:
+            raise RuntimeError("CUDA error: out of memory")
+
+    store, truth = make_store(SIZES, "resident")
+    engine = Refusing(torch.device("cpu"))
+    device = start_device(store, lambda: engine, arena_bytes=0, chunk_bytes=200, staging_slots=2)
+    assert {name: read(view) for name, view in device.resident.items()} == truth
+
+
+def test_segments_are_checked_while_memory_is_pinned(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all are waited for, and one that is corrupt is an error of its load."""
+    enough, threads = threading.Semaphore(0), list[str]()
+
+    def verify(name: str) -> None:
+        threads.append(threading.current_thread().name)
+        enough.release()
+        if name == "b3":
+            raise ValueError("b3 is corrupt")
+
+    register = cudart.cudaHostRegister
+
+    def slowly(pointer: int, nbytes: int, flags: int) -> int:
+        assert enough.acquire(timeout=30)
+        return register(pointer, nbytes, flags)
+
+    monkeypatch.setattr(cudart, "cudaHostRegister", slowly)
+    store, _ = make_store(SIZES, verify=verify)
+    with pytest.raises(ValueError, match="b3 is corrupt"):
+        start(store)
+    assert threads[0].startswith("squareq-check")
+
+
+def test_an_interrupted_start_gives_pinned_memory_back(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = make_store(SIZES, verify=lambda name: None)
+
+    @contextmanager
+    def interrupted(names: Iterable[str]) -> Iterator[None]:
+        yield
+        assert cudart.ranges
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "checking", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(store)
+    assert cudart.ranges == {}
 
 
 def test_nothing_is_registered_that_no_copy_reads_from(cudart: FakeCudart) -> None:

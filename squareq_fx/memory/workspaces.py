@@ -20,7 +20,7 @@ def workspace_bytes(operation: Operation) -> int:
     """Bytes taken and given back by one operation on CUDA; 0 for what is not known here, and on other devices.
 
     A widened weight is exact, attention's statistics are what torch's kernels document. cuBLAS and cuDNN have workspaces of
-    their own, which are not here.
+    their own, and split tiles leave sums for each other (some tens of MB), which are not here.
     """
     func, args, kwargs = operation
     known = _WORKSPACES.get(func)

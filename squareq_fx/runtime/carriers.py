@@ -45,9 +45,14 @@ class Transfer:
         while not self._issued.wait(timeout=1.0):
             if not carrier.is_alive() and not self._issued.is_set():
                 raise RuntimeStateError("the runtime was shut down while a load was waiting for its bytes")
-        if self._error is not None:
-            raise self._error
-        assert self.copied is not None
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # here or in self, its traceback would keep all memory of these frames alive
+        if self.copied is None:
+            raise RuntimeStateError("the copy failed before; what went wrong was raised then")
         return self.copied
 
 

@@ -47,23 +47,36 @@ def start_device(
     offsets, resident_bytes = packed_offsets(store.segments[name] for name in store.resident)
     memory = engine.allocate(resident_bytes)
     resident = {name: memory[start : start + store.segments[name].nbytes] for name, start in offsets.items()}
-    with store.checking_ahead():
-        _fill(resident, store, engine, chunk_bytes, staging_slots)
-        carrier = _carrier(store, engine, chunk_bytes, staging_slots) if store.streamed else None
+    carrier: Carrier | None = None
+    # The check of one segment takes longer than its copy, and pinning much longer.
+    ahead = [*resident, *(store.streamed if store.backing == "host" and engine.can_pin else ())]
+    try:
+        with store.checking(ahead):
+            _fill(resident, store, engine, chunk_bytes, staging_slots)
+            carrier = _carrier(store, engine, chunk_bytes, staging_slots) if store.streamed else None
+    except BaseException:
+        if carrier is not None:
+            carrier.close()
+        raise
     return Device(engine, arena, resident, resident_bytes, carrier)
 
 
 def _fill(resident: dict[str, torch.Tensor], store: WeightStore, engine: Engine, chunk_bytes: int, slots: int) -> None:
-    """Through pinned buffers, as the driver takes several times as long for memory that is not pinned."""
-    if not engine.can_pin or not resident:
+    """Through pinned buffers where there can be some: the driver takes several times as long for memory that is not pinned."""
+    if not resident:
+        return
+    try:
+        carrier = StagedCarrier(store, engine, resident, chunk_bytes=chunk_bytes, slots=slots) if engine.can_pin else None
+    except RuntimeError:  # a limit on locked memory
+        carrier = None
+    if carrier is None:
         for name, view in resident.items():
             store.check(name)
             store.gather(name, view)
         return
-    carrier = StagedCarrier(store, engine, resident, chunk_bytes=chunk_bytes, slots=slots)
     try:
         for transfer in [carrier.send(name, view, ()) for name, view in resident.items()]:
-            transfer.issued(carrier)
+            engine.compute_after(transfer.issued(carrier))
     finally:
         carrier.close()
 

@@ -60,8 +60,8 @@ class Runtime:
         arena_bytes: size of the one device buffer that loads with an offset go to.
         poison: overwrite evicted bytes with 0xAB, so that a use after evict shows. For tests.
         history: how many step reports to keep.
-        chunk_bytes, staging_slots: the ring of pinned buffers that reads from disk, or from memory that
-            cannot be pinned, go through.
+        chunk_bytes, staging_slots: the ring of pinned buffers through which resident segments come once, and
+            those read from disk or from memory that cannot be pinned. torch keeps its memory for later rings.
         make_engine: another implementation of the device; the default knows the CPU and CUDA.
     """
 

@@ -83,28 +83,30 @@ class WeightStore:
         """Verifies a segment unless that has been done. Raises what the `verify` callable raises."""
         if name in self._verified:
             return
-        with self._verify_locks[name]:
+        with self._verify_locks[self.segment(name).name]:
             if name not in self._verified:
                 if self._verify is not None:
                     self._verify(name)
                 self._verified.add(name)
 
     @contextmanager
-    def checking_ahead(self) -> Iterator[None]:
-        """Inside, threads check what is read from now on in any case: one alone is slower than the copies that wait for it.
-        What they find wrong is found again, and raised, by the `check` that needs it.
+    def checking(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, threads check these segments, in this order; those not begun at the end are left. What they find wrong is
+        found again, and raised, by the `check` that needs it.
         """
-        names = [*self.resident, *(self.streamed if self.backing == "host" else ())]
-        if self._verify is None or not names:
+        if self._verify is None:
             yield
             return
-        with ThreadPoolExecutor(_CHECKERS, "squareq-check") as pool:
+        pool = ThreadPoolExecutor(_CHECKERS, "squareq-check")
+        try:
             for name in names:
-                pool.submit(self.check, name)
-            try:
-                yield
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                try:
+                    pool.submit(self.check, name)
+                except RuntimeError:  # no more threads, or Python is ending: it goes without
+                    break
+            yield
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def gather(self, name: str, destination: torch.Tensor, start: int = 0) -> None:
         """Copies the segment's bytes from `start` on into `destination`, uint8 [n] on any device."""

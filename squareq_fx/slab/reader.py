@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -131,7 +131,9 @@ class Slab:
         """
         if not self._checksums:
             return
-        bad = [key for key in keys if key not in self._verified and not self._matches(key)]
+        self._refuse([key for key in keys if key not in self._verified and not self._matches(key)])
+
+    def _refuse(self, bad: Sequence[str]) -> None:
         if bad:
             raise SlabError(
                 f"slab {self.path} is corrupt: copy or build it again",
@@ -146,7 +148,7 @@ class Slab:
             SlabError: listing every tensor that does not match.
         """
         self._verified.clear()
-        self.verify_segment(self._checksums)
+        self._refuse([key for key in self._checksums if not self._matches(key)])
 
     def close(self) -> None:
         """Forget the mapping; its memory goes back with the last view of it. Closing twice is harmless."""
