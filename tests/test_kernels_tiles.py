@@ -100,6 +100,24 @@ def test_a_launch_takes_the_measured_tile_or_a_candidate(
         tiles.CHOSEN.clear()
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "tail"),
+    [
+        (4608, 3072, 3072, Tail.ROWS),  # 72 tiles are left over
+        (512, 3072, 3072, Tail.ROWS),  # 96 are all there are
+        (16384, 3072, 3072, Tail.WHOLE),  # 168, whose halves would need two turns
+        (8192, 640, 640, Tail.WHOLE),
+        (4608, 3072, 15360, Tail.DEPTH),
+    ],
+)
+@pytest.mark.parametrize("card", ["H200"], indirect=True)
+def test_the_last_tiles_are_cut_where_that_is_faster(
+    card: tuple[int, int], rows: int, width: int, depth: int, tail: Tail
+) -> None:
+    tile = tile_for("int8_matmul", rows, width, depth, torch.bfloat16, CARD)
+    assert isinstance(tile, MatmulTile) and tile[:3] == (128, 128, 128) and tile.tail == tail
+
+
 def test_other_kernels_have_no_tiles() -> None:
     from squareq_fx.kernels.trial import trial
 

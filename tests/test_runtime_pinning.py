@@ -172,7 +172,7 @@ def test_without_pinned_memory_resident_segments_are_copied_as_they_are() -> Non
 
 
 def test_segments_are_checked_while_memory_is_pinned(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not all are waited for, and one that is corrupt is an error of its load."""
+    """Pinning waits for the first check here; one that is corrupt is an error of its load."""
     enough, threads = threading.Semaphore(0), list[str]()
 
     def verify(name: str) -> None:
