@@ -411,5 +411,9 @@ def test_the_memory_of_the_largest_batch_is_told_before_the_first_step(
         patch.setattr(train_lora, "free_memory", lambda *a: needed - 1)
         train_lora.train(chosen)
     assert not chosen.output.exists() and gm.last_step is None, "nothing was begun"
+    recorded = dataclasses.replace(chosen, backend="cudagraph")
+    assert "while it is recorded more" in check_memory(found, trained, recorded, needed)
+    with pytest.raises(SquareQError, match="The card has"):
+        check_memory(found, trained, recorded, needed - 1)
     assert "fused code holds less" in check_memory(found, trained, dataclasses.replace(chosen, backend="inductor"), needed - 1)
     gm.shutdown()
