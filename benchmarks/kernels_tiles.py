@@ -63,12 +63,12 @@ def _program(job: Job) -> tuple[object, ...]:
     layer, tile = job.layer, job.tile
     rows = tiles.row_bucket(layer.m)
     if isinstance(tile, MatmulTile):
-        splits = _schedule(rows, layer.n, layer.k, tile, _device()).kind
+        cut: object = _schedule(rows, layer.n, layer.k, tile, _device()).kind
     else:
         assert isinstance(tile, FusedTile)
         pieces, programs = min(tile.split, -(-layer.k // tile.k)), -(-rows // tile.m) * -(-layer.n // tile.n)
-        splits = pieces > 1 and programs <= COUNTERS
-    return job.kernel, layer.dtype, tile[:5], layer.k % tile.k == 0, splits
+        cut = pieces > 1 and programs <= COUNTERS
+    return job.kernel, layer.dtype, tile[:5], layer.k % tile.k == 0, cut
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, str]:

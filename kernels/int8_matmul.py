@@ -366,7 +366,7 @@ def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch
         return Schedule(tiles, 0, 1, tiles, Tail.WHOLE)
     at_once = _INTERPRETER_PROGRAMS if INTERPRETED else _processors(device) * tile.programs
     tail, split = tiles % at_once, 1
-    if tile.tail == Tail.ROWS and halves_fit(rows, width, tile, at_once):
+    if tile.tail == Tail.ROWS and halves_fit(tail, at_once):
         split = 2
     if tile.tail == Tail.DEPTH and 0 < tail <= COUNTERS:
         split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH)

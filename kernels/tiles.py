@@ -169,16 +169,15 @@ def candidates(
     return ()
 
 
-def halves_fit(rows: int, width: int, tile: MatmulTile, at_once: int) -> bool:
-    """Whether the halves of the tiles that are left over when `at_once` programs have taken theirs run all at once."""
-    left_over = -(-rows // tile.m) * -(-width // tile.n) % max(at_once, 1)
+def halves_fit(left_over: int, at_once: int) -> bool:
+    """Whether there are tiles left over when `at_once` programs have taken theirs, and all their halves run at once."""
     return 0 < 2 * left_over <= at_once
 
 
 def _tail_pays(tile: MatmulTile, rows: int, width: int, depth: int, device: torch.device) -> bool:
     if tile.tail == Tail.ROWS and device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return halves_fit(rows, width, tile, processors * tile.programs)
+        at_once = torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
+        return halves_fit(-(-rows // tile.m) * -(-width // tile.n) % at_once, at_once)
     return tile.tail != Tail.DEPTH or depth >= _DEEP
 
 

@@ -178,6 +178,17 @@ if INTERPRETED:
         assert torch.equal(int8_matmul.int8_matmul(*arguments), cpu.int8_matmul(*arguments))
         assert not counters.counters(torch.device("cpu")).any()
 
+    @pytest.mark.parametrize("zero_points", (False, True))
+    @pytest.mark.parametrize(("rows", "whole", "tail"), ((96, 16, 2), (86, 16, 2), (70, 16, 2), (32, 4, 2), (20, 4, 2)))
+    def test_tiles_at_the_end_are_cut_into_halves(rows: int, whole: int, tail: int, zero_points: bool) -> None:
+        """The second half full, ragged, or past the last row."""
+        from squareq_fx.kernels import int8_matmul
+
+        tile = MatmulTile(32, 16, 32, 4, 1, 1, Tail.ROWS)
+        arguments = MatmulCase((rows,), 70, 90, zero_points=zero_points).build("cpu")
+        assert int8_matmul._schedule(rows, 90, 70, tile, torch.device("cpu")) == (whole, tail, 2, 4, Tail.ROWS)
+        assert torch.equal(int8_matmul.int8_matmul(*arguments, tile=tile), cpu.int8_matmul(*arguments))
+
     def test_without_counters_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         from squareq_fx.kernels import int8_matmul
 

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 from runtime_support import SimEngine, make_store, read, ring_schedule, run_step
 
+from squareq_fx.errors import RuntimeStateError
 from squareq_fx.runtime import Piece, Runtime, Segment, WeightStore, pinning
+from squareq_fx.runtime.carriers import StagedCarrier
 from squareq_fx.runtime.device import start_device
 from squareq_fx.runtime.engines import CpuEngine
 
@@ -169,6 +172,30 @@ def test_without_pinned_memory_resident_segments_are_copied_as_they_are() -> Non
     engine = Refusing(torch.device("cpu"))
     device = start_device(store, lambda: engine, arena_bytes=0, chunk_bytes=200, staging_slots=2)
     assert {name: read(view) for name, view in device.resident.items()} == truth
+
+
+def test_without_more_threads_a_start_checks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the main thread has ended: then no pool takes work any more."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    seen: list[str] = []
+    store, truth = make_store(SIZES, "resident", verify=seen.append)
+    device = start_device(store, lambda: CpuEngine(torch.device("cpu")), arena_bytes=0, chunk_bytes=200, staging_slots=2)
+    assert {name: read(view) for name, view in device.resident.items()} == truth and seen == list(truth)
+
+
+def test_a_transfer_says_once_what_went_wrong() -> None:
+    store, _ = make_store(SIZES, "disk", verify=lambda name: (_ for _ in ()).throw(ValueError(f"{name} is corrupt")))
+    carrier = StagedCarrier(store, CpuEngine(torch.device("cpu")), ["b0"], chunk_bytes=200, slots=2)
+    transfer = carrier.send("b0", torch.empty(SIZES[0], dtype=torch.uint8), ())
+    with pytest.raises(ValueError, match="b0 is corrupt"):
+        transfer.issued(carrier)
+    with pytest.raises(RuntimeStateError, match="failed before"):
+        transfer.issued(carrier)
+    carrier.close()
 
 
 def test_segments_are_checked_while_memory_is_pinned(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> None:

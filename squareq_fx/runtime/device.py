@@ -62,7 +62,7 @@ def start_device(
 
 
 def _fill(resident: dict[str, torch.Tensor], store: WeightStore, engine: Engine, chunk_bytes: int, slots: int) -> None:
-    """Through pinned buffers where there can be some: the driver takes several times as long for memory that is not pinned."""
+    """Through pinned buffers where there can be some: from memory that is not pinned the driver copies by itself, and waits."""
     if not resident:
         return
     try:
