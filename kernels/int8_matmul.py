@@ -37,15 +37,18 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Tiles of up to eight row blocks share their weight tile while it is in L2.
+def _origin(tile, M, N, group, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Tiles go by bands of |group| blocks, through a band crosswise: what runs at once shares operands while they are in L2.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    first_m = (tile // (8 * tiles_n)) * 8
-    height = tl.minimum(tiles_m - first_m, 8)
-    m0 = (first_m + (tile % (8 * tiles_n)) % height) * BLOCK_M
-    n0 = ((tile % (8 * tiles_n)) // height) * BLOCK_N
-    return m0, n0
+    of_rows = group > 0
+    along = tl.where(of_rows, tiles_m, tiles_n)
+    band = tl.abs(group) * tl.where(of_rows, tiles_n, tiles_m)
+    first = tile // band * tl.abs(group)
+    height = tl.minimum(along - first, tl.abs(group))
+    i = first + tile % band % height
+    j = tile % band // height
+    return tl.where(of_rows, i, j) * BLOCK_M, tl.where(of_rows, j, i) * BLOCK_N
 
 
 @triton.jit
@@ -140,7 +143,7 @@ def _product(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "whole", "tail", "split"])
+@triton.jit(do_not_specialize=["M", "whole", "tail", "split", "group"])
 def _int8_matmul(
     a,  # [M, K] int8: a tensor descriptor if DESCRIPTORS, else a pointer
     b,  # [N, K'] likewise
@@ -164,6 +167,7 @@ def _int8_matmul(
     whole,  # tiles computed by one program each
     tail,  # tiles after those
     split,  # programs that share each tile of the tail: its depth, or two its rows
+    group,  # MatmulTile.group
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -176,7 +180,7 @@ def _int8_matmul(
     pid = tl.program_id(0)
     depth = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(pid, whole, tl.num_programs(0), flatten=True):
-        m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
+        m0, n0 = _origin(tile, M, N, group, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         if DESCRIPTORS:  # written out: only a loop right inside this one is flattened into it
             for i in range(depth):
@@ -195,7 +199,7 @@ def _int8_matmul(
 
     if TAIL == "ROWS" and pid < tail * split:
         HALF: tl.constexpr = BLOCK_M // 2
-        m0, n0 = _origin(whole + pid // 2, M, N, BLOCK_M, BLOCK_N)
+        m0, n0 = _origin(whole + pid // 2, M, N, group, BLOCK_M, BLOCK_N)
         m0 += pid % 2 * HALF
         acc = _product(
             tl.zeros((HALF, BLOCK_N), dtype=tl.int32), half if DESCRIPTORS else a, b, m0, n0, 0, depth,
@@ -208,7 +212,7 @@ def _int8_matmul(
     if TAIL == "DEPTH" and pid < tail * split:
         tile = whole + pid // split
         piece = pid % split
-        m0, n0 = _origin(tile, M, N, BLOCK_M, BLOCK_N)
+        m0, n0 = _origin(tile, M, N, group, BLOCK_M, BLOCK_N)
         acc = _product(
             tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), a, b, m0, n0, depth * piece // split, depth * (piece + 1) // split,
             M, N, K, packed_k, stride_xm, stride_qn, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
@@ -331,6 +335,7 @@ def launch(
             plan.whole,
             plan.tail,
             plan.split,
+            tile.group,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,

@@ -21,8 +21,8 @@ __all__ = ["INTERPRETED_TILES", "MatmulCase", "assert_accurate", "matmul_cases",
 
 INTERPRETED_TILES = (  # whole tiles and split ones on the interpreter's four programs; one program for each tile
     MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH),
-    MatmulTile(32, 16, 32, 4, 1, 1, Tail.ROWS),
-    MatmulTile(32, 16, 32, 4, 1, 1, Tail.WHOLE),
+    MatmulTile(32, 16, 32, 4, 1, 1, Tail.ROWS, 2),
+    MatmulTile(32, 16, 32, 4, 1, 1, Tail.WHOLE, -2),
     MatmulTile(16, 16, 128, 4, 1, 0, Tail.WHOLE),
 )
 

@@ -36,7 +36,7 @@ POINTERS = {
     "s_ptr": "*fp32",
     "counter_ptr": "*i32",
 }
-NOT_SPECIALISED = {"M", "split", "whole", "tail"}
+NOT_SPECIALISED = {"M", "split", "whole", "tail", "group"}
 
 
 @pytest.fixture(autouse=True)

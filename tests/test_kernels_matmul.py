@@ -189,6 +189,16 @@ if INTERPRETED:
         assert int8_matmul._schedule(rows, 90, 70, tile, torch.device("cpu")) == (whole, tail, 2, 4, Tail.ROWS)
         assert torch.equal(int8_matmul.int8_matmul(*arguments, tile=tile), cpu.int8_matmul(*arguments))
 
+    @pytest.mark.parametrize("tail", Tail)
+    @pytest.mark.parametrize("group", (1, 2, 3, 100, -1, -2, -4, -100))
+    def test_every_order_of_the_tiles_takes_each_once(group: int, tail: Tail) -> None:
+        """Seven blocks of rows and six of columns: bands that fit, that leave a rest, and one band of all."""
+        from squareq_fx.kernels import int8_matmul
+
+        arguments = MatmulCase((100,), 70, 90, zero_points=True).build("cpu")
+        tile = MatmulTile(16, 16, 32, 4, 1, 1, tail, group)
+        assert torch.equal(int8_matmul.int8_matmul(*arguments, tile=tile), cpu.int8_matmul(*arguments))
+
     def test_without_counters_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         from squareq_fx.kernels import int8_matmul
 
