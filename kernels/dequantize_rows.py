@@ -9,7 +9,7 @@ import triton.language as tl
 from squareq_fx.kernels.arguments import check_rows
 from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
 
-__all__ = ["TILES", "Tile", "dequantize_rows", "launch"]
+__all__ = ["TILES", "Tile", "dequantize_rows", "launch", "launch_layer"]
 
 Tile = tuple[int, int, int]
 """(rows, columns, warps) of one program."""
@@ -25,7 +25,7 @@ Narrow in columns: widths of diffusion models are multiples of 64, seldom of 102
 
 @triton.jit
 def _dequantize_rows(
-    q_ptr, scale_ptr, zero_ptr, w_ptr, N, K, stride_qn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    q_ptr, scale_ptr, zero_ptr, bias_ptr, w_ptr, b_ptr, N, K, stride_qn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     tiles_k = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
@@ -38,6 +38,10 @@ def _dequantize_rows(
     q = tl.load(q_ptr + wide_rows * stride_qn + cols[None, :], mask=inside, other=0)
     w = (q.to(tl.float32) - zero[:, None]) * scale[:, None]
     tl.store(w_ptr + wide_rows * K + cols[None, :], w.to(w_ptr.dtype.element_ty), mask=inside)
+    if bias_ptr is not None:  # noqa: SIM102  (decided when compiling, the inner one by the program)
+        if pid % tiles_k == 0:
+            bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0)
+            tl.store(b_ptr + rows, bias.to(b_ptr.dtype.element_ty), mask=rows < N)
 
 
 INTERPRETED = is_interpreted(_dequantize_rows)
@@ -75,27 +79,56 @@ def launch(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """`dequantize_rows` of arguments that were checked already; a model calls it hundreds of times a step."""
+    return _launch(qweight, scale, zero_point, None, in_features, dtype, tile or TILES[dtype])[0]
+
+
+def launch_layer(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`launch`, and the float32 [out] bias rounded to dtype by the same programs: alone it would be a launch of its own, two
+    microseconds in the product of a layer.
+    """
+    if bias is None or dtype == torch.float32 or in_features == 0:
+        return launch(qweight, scale, zero_point, in_features, dtype), None if bias is None else bias.to(dtype)
+    return _launch(qweight, scale, zero_point, bias, in_features, dtype, TILES[dtype])
+
+
+def _launch(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     out_features = qweight.shape[0]
-    weight = torch.empty(
-        (out_features, in_features), dtype=stored_dtype(dtype, INTERPRETED), device=qweight.device
-    )
-    if weight.numel() == 0:
-        return weight.to(dtype)
-    block_n, block_k, warps = tile or TILES[dtype]
-    grid = (triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k),)
-    with launch_device(qweight, INTERPRETED):
-        _dequantize_rows[grid](
-            qweight,
-            scale.contiguous(),
-            zero_point.contiguous(),
-            weight,
-            out_features,
-            in_features,
-            qweight.stride(0),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=warps,
-        )
-    return weight.to(dtype)
+    stored = stored_dtype(dtype, INTERPRETED)
+    weight = torch.empty((out_features, in_features), dtype=stored, device=qweight.device)
+    rounded = None if bias is None else torch.empty(out_features, dtype=stored, device=qweight.device)
+    if weight.numel() > 0:
+        block_n, block_k, warps = tile
+        grid = (triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k),)
+        with launch_device(qweight, INTERPRETED):
+            _dequantize_rows[grid](
+                qweight,
+                scale.contiguous(),
+                zero_point.contiguous(),
+                None if bias is None else bias.contiguous(),
+                weight,
+                rounded,
+                out_features,
+                in_features,
+                qweight.stride(0),
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                num_warps=warps,
+            )
+    return weight.to(dtype), None if rounded is None else rounded.to(dtype)

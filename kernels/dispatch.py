@@ -126,16 +126,15 @@ def run_int8_linear_parts(
     """`int8_linear_parts` of arguments that were checked already."""
     out_features = qweight.shape[0] // parts
     if x.is_cuda and x.shape[:-1].numel() > FUSED_MAX_ROWS[x.dtype]:
-        weight = _triton_module("dequantize_rows").launch(qweight, scale, zero_point, x.shape[-1], x.dtype)
+        weight, whole = _triton_module("dequantize_rows").launch_layer(qweight, scale, zero_point, bias, x.shape[-1], x.dtype)
         y = x.new_empty((parts, *x.shape[:-1], out_features))
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         flat = y.view(parts, rows.shape[0], out_features)
         for i, piece in enumerate(weight.view(parts, out_features, x.shape[-1]).unbind()):
-            if bias is None:
+            if whole is None:
                 torch.mm(rows, piece.t(), out=flat[i])
             else:
-                own = bias[i * out_features : (i + 1) * out_features].to(x.dtype)
-                torch.addmm(own, rows, piece.t(), out=flat[i])
+                torch.addmm(whole[i * out_features : (i + 1) * out_features], rows, piece.t(), out=flat[i])
         return y
     y = run_int8_linear(x, qweight, scale, zero_point, bias)
     return y.unflatten(-1, (parts, out_features)).movedim(-2, 0).contiguous()
@@ -283,11 +282,10 @@ def _dequantized(
     zero_point: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    rows = _triton_module("dequantize_rows")
-    weight = rows.launch(qweight, scale, zero_point, x.shape[-1], x.dtype)
+    weight, rounded = _triton_module("dequantize_rows").launch_layer(qweight, scale, zero_point, bias, x.shape[-1], x.dtype)
     # The rounded bias meets the float32 accumulator, as in any 16-bit layer. An exact bias would be added to
     # a product that is rounded already, for no smaller error and one more pass over y.
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(x, weight, rounded)
 
 
 def _is_interpreting() -> bool:

@@ -365,6 +365,7 @@ class Schedule(NamedTuple):
     kind: Tail
 
 
+@functools.lru_cache(maxsize=4096)
 def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch.device) -> Schedule:
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
     if not tile.programs:

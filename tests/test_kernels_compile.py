@@ -157,10 +157,12 @@ def test_every_epilogue(activation: str) -> None:
 
 @each_target
 def test_the_kernels_bound_by_memory(dtype: str, target: int) -> None:
-    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
+    types = dict.fromkeys(("x_ptr", "y_ptr", "w_ptr", "b_ptr"), f"*{dtype}")
     rows, columns, warps = dequantize_rows.TILES[NAMES[dtype]]
-    flat = compiled(dequantize_rows._dequantize_rows, types, {"BLOCK_N": rows, "BLOCK_K": columns}, warps, target=target)
-    assert "st.global.v4" in flat.asm["ptx"]
+    block: dict[str, object] = {"BLOCK_N": rows, "BLOCK_K": columns}
+    for constants in (block, {**block, "bias_ptr": None, "b_ptr": None}):
+        flat = compiled(dequantize_rows._dequantize_rows, types, constants, warps, target=target)
+        assert "st.global.v4" in flat.asm["ptx"]
     for x_rows, (block_n, block_k, warps, stages) in int8_gemv._TILES.items():
         constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages}
         compiled(int8_gemv._int8_gemv, types, constants, warps, target=target)

@@ -41,6 +41,29 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@given(
+    outer=st.integers(0, 20),
+    inner=st.integers(0, 600),
+    dtype=st.sampled_from(DTYPES),
+    with_bias=st.booleans(),
+    strided=st.booleans(),
+)
+def test_a_layer_is_its_weight_and_its_rounded_bias(
+    device: str, outer: int, inner: int, dtype: torch.dtype, with_bias: bool, strided: bool
+) -> None:
+    from squareq_fx.kernels.dequantize_rows import launch, launch_layer
+
+    _, *layer, _ = Case((1,), inner, outer, torch.float32, 16, True, seed=outer).build(device)
+    bias = torch.randn(2 * outer, generator=torch.Generator().manual_seed(inner)).to(device) * 1e5  # past fp16's range too
+    bias = bias[::2] if strided else bias[:outer]
+    weight, rounded = launch_layer(*layer, bias if with_bias else None, inner, dtype)
+    assert torch.equal(weight, launch(*layer, inner, dtype))
+    assert (rounded is not None) == with_bias
+    if rounded is not None:
+        assert rounded.dtype == dtype and torch.equal(rounded, bias.to(dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_takes_a_narrower_width_and_views(device: str) -> None:
     from squareq_fx.kernels.dequantize_rows import dequantize_rows
 

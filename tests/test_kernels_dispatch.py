@@ -158,7 +158,12 @@ def route(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             taken.append(name)
             return getattr(reference, module[name])(*arguments)
 
-        return SimpleNamespace(launch=launch, int8_linear=launch)
+        def launch_layer(
+            qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bias: torch.Tensor | None, *rest: object
+        ) -> object:
+            return launch(qweight, scale, zero, *rest), None if bias is None else bias.to(rest[1])  # type: ignore[call-overload]
+
+        return SimpleNamespace(launch=launch, launch_layer=launch_layer, int8_linear=launch)
 
     monkeypatch.setattr(dispatch, "_triton_module", kernel)
     monkeypatch.setattr(dispatch, "_is_interpreting", lambda: False)

@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["plain_tensors", "skeleton"]
 
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, list, tuple, set)
+
 
 def skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model's modules in eval mode with every tensor on `meta`, and the tensors that are plain attributes, by path.
@@ -28,6 +31,8 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that are attributes, or in a list, tuple or dict that is one, by path; parameters and buffers too."""
     for path, module in model.named_modules():
         for name, attribute in vars(module).items():
+            if name == "_modules" or isinstance(attribute, _PLAIN) or (isinstance(attribute, _CONTAINERS) and not attribute):
+                continue  # most attributes are such, and asking pytree takes ten times as long
             for inner, value in pytree.tree_flatten_with_path(attribute)[0]:
                 if isinstance(value, torch.Tensor):
                     yield (f"{path}.{name}" if path else name) + pytree.keystr(inner), value
