@@ -122,8 +122,9 @@ def _train(entries: Sequence[Entry]) -> list[str]:
         elif seen is None:
             rows.append([arm, "not checked: bf16 was not measured", "-", "-", "-", "-"])
         elif not seen["good"]:
-            why = f"{seen['missing']} missing, {seen['zero']} zero"
-            rows.append([arm, f"loses gradients ({why})", "-", "-", cosines, "-"])
+            why = f"loses gradients ({seen['missing']} missing, {seen['zero']} zero)"
+            why = why if seen["missing"] or seen["zero"] else "its gradients point elsewhere"
+            rows.append([arm, why, "-", "-", cosines, "-"])
         else:
             e = timed[arm]
             rows.append([arm, _span(e), f"{e['forward_ms']:.1f}", _times(base, e["ms"]), cosines, _gib(e["peak_gib"])])
