@@ -8,8 +8,9 @@ on. Source: https://docs.pytorch.org/docs/stable/export.html
 from __future__ import annotations
 
 import inspect
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from squareq_fx.ir import CallSpec, Level, Program, fake_mode, set_program
 from squareq_fx.slab.inputs import restore_inputs
 from squareq_fx.slab.manifest import model_signature
 from squareq_fx.slab.reader import Slab
+from squareq_fx.stored.identity import NoIdentityError, identity
 from squareq_fx.tracing.explicit import explicit, relocate, tied_names
 from squareq_fx.tracing.export import Skeleton, on_meta
 
 __all__ = ["capture"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def capture(
@@ -66,10 +70,7 @@ def capture(
     start = time.perf_counter()
     stored = slab.block_paths if slab is not None and block_pattern is None else ()
     blocks = tuple(stored) or block_paths(model, block_pattern)
-    traced = Skeleton(model, rebuild_call(signature, arguments), dims)
-    traced.name_arguments(blocks)
-    exported = traced.export(tensors)
-    gm = explicit(exported, traced, paths, model)
+    gm, traced = _traced(model, rebuild_call(signature, arguments), dims, blocks, tensors, paths)
     guards = tuple(dict.fromkeys((*(guard.expr for guard in fake_mode(gm).shape_env.guards), *traced.branches)))
     relocate(gm, target)
     literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
@@ -89,6 +90,38 @@ def capture(
             tied=tied_names(model),
         ),
     )
+
+
+def _traced(
+    model: nn.Module,
+    build: Callable[[Any], inspect.BoundArguments],
+    dims: dict[str, tuple[str | None, ...]] | None,
+    blocks: tuple[str, ...],
+    tensors: list[torch.Tensor],
+    paths: list[str],
+) -> tuple[fx.GraphModule, Skeleton]:
+    """The explicit graph and what it was traced from: equal blocks once or, where that does not go, each of them."""
+    tied = {name for pair in tied_names(model).items() for name in pair}
+    alone = [path for path in blocks if not any(name.startswith(f"{path}.") for name in tied)]
+    for once in (True, False):
+        traced = Skeleton(model, build, dims)
+        if once and not traced.trace_once(alone, _identity):
+            continue
+        traced.name_arguments(blocks)
+        try:
+            return explicit(traced.export(tensors), traced, paths, model), traced
+        except Exception as error:
+            if not once:
+                raise
+            _LOG.info("the blocks of %s are traced one by one: %s", type(model).__name__, error)
+    raise AssertionError("the second way returns or raises")
+
+
+def _identity(block: nn.Module) -> str | None:
+    try:
+        return identity([block])
+    except NoIdentityError:
+        return None
 
 
 def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:

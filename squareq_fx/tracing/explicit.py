@@ -16,6 +16,7 @@ from squareq_fx.ir import fake_mode, identifier, info, set_info
 from squareq_fx.ops import argument
 from squareq_fx.specs import spec
 from squareq_fx.tracing.export import Skeleton
+from squareq_fx.tracing.repeats import KEPT_META, Copies
 from squareq_fx.tracing.skeleton import plain_tensors
 
 __all__ = ["explicit", "relocate", "tied_names"]
@@ -40,6 +41,8 @@ def explicit(exported: Any, traced: Skeleton, paths: list[str], model: nn.Module
     position = iter(users)
     tied = tied_names(model)
     made: dict[str, fx.Node] = {}
+    weights: dict[fx.Node, str] = {}
+    attributes = set(traced.constants)
     for node, given in ordered:
         if given.kind == kinds.USER_INPUT:
             key, kind = next(position), "input"
@@ -48,17 +51,31 @@ def explicit(exported: Any, traced: Skeleton, paths: list[str], model: nn.Module
                 continue
         else:
             key, kind = _weight_key(given, exported, traced), "weight"
+            weights[node] = key
             key = tied.get(key, key)
             if key in made:
                 env[node] = made[key]
                 continue
         new = graph.placeholder(identifier(key))
-        new.meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
+        new.meta = {k: v for k, v in node.meta.items() if k in KEPT_META}
         set_info(new, kind=kind, key=key)
         env[node] = made[key] = new
     env.update(_spell_tokens(graph, tokens, traced, [n for n in graph.nodes if info(n).kind == "input"]))
+
+    def weight(node: fx.Node, first: str, path: str) -> fx.Node:
+        key = weights.get(node, "")
+        if not key.startswith(f"{first}.") or (key in traced.constants and key not in attributes):
+            return env[node]  # what the forward makes of Python's numbers is the same for both
+        moved = path + key[len(first) :]
+        if tied.get(moved, moved) not in made:
+            raise CaptureError(f"{traced.model_name}: {moved} is no input of the trace")
+        return made[tied.get(moved, moved)]
+
+    copies = Copies(graph, env, weight)
     for node in exported.graph.nodes:
-        if node.op == "placeholder" or node in env:
+        if node.op == "placeholder" or copies.take(node):
+            continue
+        if node in env:
             continue
         if node.target is argument:
             named = env[node.args[0]]
@@ -67,13 +84,10 @@ def explicit(exported: Any, traced: Skeleton, paths: list[str], model: nn.Module
         if node.op == "get_attr":
             raise CaptureError(f"{traced.model_name}: control flow with its own subgraph ({node.target}) is not supported")
         env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
+        env[node].meta = {k: v for k, v in node.meta.items() if k in KEPT_META}
     gm = fx.GraphModule({}, graph, class_name=type(model).__name__)
     gm.graph.eliminate_dead_code()
     return gm
-
-
-_KEPT_META = {"val", "stack_trace", "nn_module_stack"}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

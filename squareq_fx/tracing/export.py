@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from squareq_fx.calls import flatten_call
 from squareq_fx.errors import CaptureError
 from squareq_fx.ops import argument
+from squareq_fx.tracing.repeats import Repeats
 from squareq_fx.tracing.shape_rules import shape_rules
 from squareq_fx.tracing.skeleton import skeleton
 
@@ -49,6 +50,7 @@ class Skeleton:
         self.output_spec: Any = None
         self.branches: list[Any] = []
         self.default_device: torch.device | None = None
+        self.repeats: Repeats | None = None
         self.module, self.constants = skeleton(model)
         self._wrap_forward(build)
 
@@ -68,6 +70,8 @@ class Skeleton:
 
         def forward(module: nn.Module, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
             tokens, tensors = flat[:count], flat[count:]
+            if owner.repeats is not None:
+                owner.repeats.begin()
             owner._state_relations(tokens, tensors)
             call = build(tensors)
             with owner.default_device or contextlib.nullcontext(), _Literals(owner.default_device):
@@ -75,6 +79,12 @@ class Skeleton:
 
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
         self.module.__class__ = traced
+
+    def trace_once(self, blocks: Iterable[str], identity: Callable[[nn.Module], str | None]) -> bool:
+        """Trace blocks that are one program once (`Repeats`). Returns whether there are any."""
+        repeats = Repeats(self.module, blocks, identity)
+        self.repeats = repeats if repeats.found else None
+        return repeats.found
 
     def name_arguments(self, blocks: tuple[str, ...]) -> None:
         """While tracing, every block says what it calls the tensors it is given: the names a reader knows them by."""
@@ -157,10 +167,14 @@ class Skeleton:
         try:
             with torch.no_grad(), warnings.catch_warnings(), _paused_collector(), _noting_branches() as self.branches:
                 warnings.simplefilter("ignore")
-                with shape_rules():
-                    exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
-                if any(_mutates(node) for node in exported.graph.nodes):
-                    exported = exported.run_decompositions({})
+                with self.repeats.tracing() if self.repeats is not None else contextlib.nullcontext():
+                    with shape_rules():
+                        exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
+                    writes = {node.target for node in exported.graph.nodes if _mutates(node)}
+                    if self.repeats is not None and writes - {torch.ops.aten.detach_.default}:
+                        raise CaptureError(f"{self.model_name}: forward writes into tensors, so each block must be traced")
+                    if writes:
+                        exported = exported.run_decompositions({})
                 return exported
         except CaptureError:
             raise
