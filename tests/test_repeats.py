@@ -19,20 +19,28 @@ from squareq_fx.specs import spec
 from squareq_fx.tracing.export import Skeleton
 
 WIDTH = 8
-RUNS: list[str] = []
-"""Which blocks ran; a global, which tells no block from another."""
 
+class Runs:
+    """How many blocks ran; told by no block's own attributes."""
+
+    count = 0
+
+
+RUNS = Runs()
+STEPS = {"block": 0}
 Body = Callable[..., Any]
 
 
 class Block(nn.Module):
+    steps = 0
+
     def __init__(self, body: Body) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.body = body
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        RUNS.append("block")
+        RUNS.count += 1
         return self.body(self, *args, **kwargs)
 
 
@@ -69,16 +77,15 @@ def check(body: Body, walk: Any = in_turn, change: Any = nothing) -> int:
     traced forward ran."""
     torch.manual_seed(0)
     model = Net(body, walk, change).eval().requires_grad_(False)
-    RUNS.clear()
     seen: list[int] = []
     original = Net.forward
 
     def forward(self: Net, x: torch.Tensor) -> torch.Tensor:
-        before = len(RUNS)
+        before = RUNS.count
         try:
             return original(self, x)
         finally:
-            seen.append(len(RUNS) - before)
+            seen.append(RUNS.count - before)
 
     Net.forward = forward  # type: ignore[method-assign]
     try:
@@ -170,17 +177,48 @@ class Counter:
         self.count = 0
 
 
-def test_blocks_that_count_are_traced_each() -> None:
+def _counted(block: Any) -> int:
+    block.counter.count += 1
+    return block.counter.count
+
+
+def _counted_by_class(block: Any) -> int:
+    type(block).steps += 1
+    return type(block).steps
+
+
+def _counted_beside(block: Any) -> int:
+    STEPS["block"] += 1
+    return STEPS["block"]
+
+
+@pytest.mark.parametrize("count", [_counted, _counted_by_class, _counted_beside])
+def test_blocks_that_count_are_traced_each(count: Callable[[Any], int]) -> None:
     def body(block: Any, x: torch.Tensor) -> torch.Tensor:
-        block.counter.count += 1
-        return block.two(block.one(x)) * (1 + block.counter.count % 4)
+        return block.two(block.one(x)) * (1 + count(block) % 4)
 
     def change(net: Any) -> None:
         counter = Counter()
         for block in net.blocks:
             block.counter = counter
 
+    Block.steps = STEPS["block"] = 0
     assert check(body, change=change) == 4
+
+
+@pytest.mark.parametrize("where", ["the block", "its class"])
+def test_what_the_model_changes_between_its_blocks(where: str) -> None:
+    def body(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return block.two(block.one(x)) * (1 + block.steps)
+
+    def walk(net: Any, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(net.blocks):
+            (block if where == "the block" else Block).steps = i // 2
+            x = block(x)
+        return x
+
+    Block.steps = 0
+    assert check(body, walk) == 2
 
 
 def test_attributes_tell_blocks_apart() -> None:

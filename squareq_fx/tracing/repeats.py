@@ -1,8 +1,8 @@
 """Blocks that are one program are traced once. Each further one is a single node of the trace, `squareq::again`, in whose place
 `Copies` puts the nodes of the first, with its own weights.
 
-Two calls are of one program if the blocks are equal but for their weights' values (`identity`), lie in one list of modules, and
-are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A forward that writes
+Two calls are of one program if the blocks are equal then, but for their weights' values (`identity`), lie in one list of modules,
+and are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A forward that writes
 into tensors is traced whole: what a block wrote to is not seen from outside.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -129,14 +130,14 @@ class Repeats:
         if not all(isinstance(leaf, torch.Tensor) or type(leaf) in _SIMPLE for leaf in leaves):
             return forward(*args, **kwargs)
         others = ["a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
-        key = (group, str(form), *others, *(_position(tensor, given) for tensor in given), *map(_kind, given))
+        state = self._state(block)  # also of what the model changed since its blocks were compared
+        key = (group, state, str(form), *others, *(_position(tensor, given) for tensor in given), *map(_kind, given))
         if key in self._calls:
             call = self._calls[key]
             record = self._records[call]
             made = again(given, record.path, path, call)
             return pytree.tree_unflatten([_result(leaf, made, given) for leaf in record.leaves], record.form)
         self._count, call = self._count + 1, self._count
-        before = self._state(block)
         enter(given, path, call)
         output = forward(*args, **kwargs)
         results, form = pytree.tree_flatten(output)
@@ -145,19 +146,40 @@ class Repeats:
             if isinstance(leaf, torch.Tensor) and not any(leaf is tensor for tensor in (*given, *made)):
                 made.append(leaf)
         leave(made, call)
-        if all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in results) and before == self._state(block):
+        if all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in results) and state == self._state(block):
             layouts = [(list(t.shape), list(t.stride()), t.dtype, t.device) for t in made]
             self._records[call] = _Record(path, layouts, [_place(leaf, made, given) for leaf in results], form)
             self._calls[key] = call
         return output
 
-    def _state(self, block: nn.Module) -> str | None:
-        """A block that changes what it can see, a counter it shares with others, may do something else the next time."""
-        instead = block.__dict__.pop("forward")
+    def _state(self, block: nn.Module) -> Any:
+        """What a block is now. One that changes it, a counter that others have too, may do something else the next time."""
+        ours = {name: block.__dict__[name] for name in ("forward", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")}
+        del block.__dict__["forward"]
+        block.__dict__.update(dict.fromkeys(list(ours)[1:]))
         try:
-            return self._identity(block)
+            same = self._identity(block)
+            return object() if same is None else (same, _class_state(block))
         finally:
-            block.__dict__["forward"] = instead
+            block.__dict__.update(ours)
+
+
+def _class_state(block: nn.Module) -> frozenset[tuple[str, str, str]]:
+    """Plain values that the block's modules have in common: attributes of their classes, globals beside these."""
+    classes = {base for module in block.modules() for base in type(module).__mro__}
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
+    places = {f"{cls.__module__}.{cls.__qualname__}": vars(cls) for cls in own}
+    places |= {cls.__module__: vars(sys.modules[cls.__module__]) for cls in own if cls.__module__ in sys.modules}
+    return frozenset(
+        (place, name, repr(value)) for place, values in places.items() for name, value in values.items() if _is_plain(value)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, set, dict):
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return all(type(v) in _SIMPLE for v in inner)
+    return type(value) in _SIMPLE
 
 
 def _position(tensor: torch.Tensor, among: Sequence[torch.Tensor]) -> int:
