@@ -192,7 +192,12 @@ def _counted_beside(block: Any) -> int:
     return STEPS["block"]
 
 
-@pytest.mark.parametrize("count", [_counted, _counted_by_class, _counted_beside])
+def _toggled(block: Any) -> int:
+    block.counter.count = 1 - block.counter.count
+    return block.counter.count
+
+
+@pytest.mark.parametrize("count", [_counted, _toggled, _counted_by_class, _counted_beside])
 def test_blocks_that_count_are_traced_each(count: Callable[[Any], int]) -> None:
     def body(block: Any, x: torch.Tensor) -> torch.Tensor:
         return block.two(block.one(x)) * (1 + count(block) % 4)

@@ -1,9 +1,9 @@
 """Blocks that are one program are traced once. Each further one is a single node of the trace, `squareq::again`, in whose place
 `Copies` puts the nodes of the first, with its own weights.
 
-Two calls are of one program if the blocks are equal then, but for their weights' values (`identity`), lie in one list of modules,
-and are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A forward that writes
-into tensors is traced whole: what a block wrote to is not seen from outside.
+Two calls are of one program if the blocks are equal then, but for their weights' values (`identity`), lie in one list of
+modules, and are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A forward
+that writes into tensors is traced whole: what a block wrote to is not seen from outside.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -168,7 +168,7 @@ def _class_state(block: nn.Module) -> frozenset[tuple[str, str, str]]:
     """Plain values that the block's modules have in common: attributes of their classes, globals beside these."""
     classes = {base for module in block.modules() for base in type(module).__mro__}
     own = [cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
-    places = {f"{cls.__module__}.{cls.__qualname__}": vars(cls) for cls in own}
+    places: dict[str, Mapping[str, Any]] = {f"{cls.__module__}.{cls.__qualname__}": vars(cls) for cls in own}
     places |= {cls.__module__: vars(sys.modules[cls.__module__]) for cls in own if cls.__module__ in sys.modules}
     return frozenset(
         (place, name, repr(value)) for place, values in places.items() for name, value in values.items() if _is_plain(value)
