@@ -2,8 +2,8 @@
 `Copies` puts the nodes of the first, with its own weights.
 
 Two calls are of one program if the blocks are equal then, but for their weights' values (`identity`), lie in one list of
-modules, and are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A forward
-that writes into tensors is traced whole: what a block wrote to is not seen from outside.
+modules, and are given tensors of the same sizes, as expressions, strides and dtypes, and otherwise the same arguments. A
+forward that writes into tensors is traced whole: what a block wrote to is not seen from outside.
 """
 
 from __future__ import annotations
