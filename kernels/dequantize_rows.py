@@ -79,7 +79,7 @@ def launch(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """`dequantize_rows` of arguments that were checked already; a model calls it hundreds of times a step."""
-    return _launch(qweight, scale, zero_point, None, in_features, dtype, tile or TILES[dtype])[0]
+    return launch_layer(qweight, scale, zero_point, None, in_features, dtype, tile)[0]
 
 
 def launch_layer(
@@ -89,46 +89,33 @@ def launch_layer(
     bias: torch.Tensor | None,
     in_features: int,
     dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`launch`, and the float32 [out] bias rounded to dtype by the same programs: alone it would be a launch of its own, two
-    microseconds in the product of a layer.
-    """
-    if bias is None or dtype == torch.float32 or in_features == 0:
-        return launch(qweight, scale, zero_point, in_features, dtype), None if bias is None else bias.to(dtype)
-    return _launch(qweight, scale, zero_point, bias, in_features, dtype, TILES[dtype])
-
-
-def _launch(
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_features: int,
-    dtype: torch.dtype,
-    tile: Tile,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`launch`, and the float32 [out] bias in dtype, rounded by the same programs: alone it would be a launch of its own."""
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     out_features = qweight.shape[0]
     stored = stored_dtype(dtype, INTERPRETED)
     weight = torch.empty((out_features, in_features), dtype=stored, device=qweight.device)
-    rounded = None if bias is None else torch.empty(out_features, dtype=stored, device=qweight.device)
-    if weight.numel() > 0:
-        block_n, block_k, warps = tile
-        grid = (triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k),)
-        with launch_device(qweight, INTERPRETED):
-            _dequantize_rows[grid](
-                qweight,
-                scale.contiguous(),
-                zero_point.contiguous(),
-                None if bias is None else bias.contiguous(),
-                weight,
-                rounded,
-                out_features,
-                in_features,
-                qweight.stride(0),
-                BLOCK_N=block_n,
-                BLOCK_K=block_k,
-                num_warps=warps,
-            )
-    return weight.to(dtype), None if rounded is None else rounded.to(dtype)
+    if weight.numel() == 0:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    exact = None if bias is None or dtype == torch.float32 else bias.contiguous()
+    rounded = None if exact is None else torch.empty_like(exact, dtype=stored)
+    block_n, block_k, warps = tile or TILES[dtype]
+    grid = (triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k),)
+    with launch_device(qweight, INTERPRETED):
+        _dequantize_rows[grid](
+            qweight,
+            scale.contiguous(),
+            zero_point.contiguous(),
+            exact,
+            weight,
+            rounded,
+            out_features,
+            in_features,
+            qweight.stride(0),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=warps,
+        )
+    return weight.to(dtype), bias if rounded is None else rounded.to(dtype)

@@ -69,7 +69,7 @@ class CachedGraphs:
     def _make(
         self, passes: tuple[Pass, ...], until: str | None, captured: fx.GraphModule | None, show: _Show
     ) -> fx.GraphModule:
-        show("capturing; a quarter of a minute for the largest models")
+        show("capturing; up to half a minute for the largest models")
         if captured is None:
             captured = self.capture(self.model, slab=self.slab, **self.traced_as)
         return run(captured, passes, until=until, observe=partial(self._report, show))

@@ -299,6 +299,20 @@ def test_a_model_that_writes_into_what_a_block_returned() -> None:
     assert check(body, walk) == 4
 
 
+def test_a_shortcut_that_fails_takes_no_batch_away() -> None:
+    """From an example of batch 1, which is widened: nothing warns, and the graph takes any batch."""
+
+    def body(block: Any, x: torch.Tensor) -> torch.Tensor:
+        x.add_(block.two(block.one(x)))
+        return x
+
+    model = Net(body, lambda net, x: in_turn(net, x + 1), nothing).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graph = squareq_fx.capture(model, (torch.randn(1, 6, WIDTH),))
+    assert "s" in str(next(n.meta["val"].shape[0] for n in graph.graph.nodes if info(n).kind == "input"))
+
+
 def _told(graph: fx.GraphModule) -> list[tuple[Any, ...]]:
     number = {node: f"%{i}" for i, node in enumerate(graph.graph.nodes)}
 

@@ -73,9 +73,7 @@ def explicit(exported: Any, traced: Skeleton, paths: list[str], model: nn.Module
 
     copies = Copies(graph, env, weight)
     for node in exported.graph.nodes:
-        if node.op == "placeholder" or copies.take(node):
-            continue
-        if node in env:
+        if node.op == "placeholder" or copies.take(node) or node in env:
             continue
         if node.target is argument:
             named = env[node.args[0]]

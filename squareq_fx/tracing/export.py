@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from squareq_fx.calls import flatten_call
 from squareq_fx.errors import CaptureError
 from squareq_fx.ops import argument
-from squareq_fx.tracing.repeats import Repeats
+from squareq_fx.tracing.repeats import Repeats, again
 from squareq_fx.tracing.shape_rules import shape_rules
 from squareq_fx.tracing.skeleton import skeleton
 
@@ -80,8 +80,8 @@ class Skeleton:
         traced = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
         self.module.__class__ = traced
 
-    def trace_once(self, blocks: Iterable[str], identity: Callable[[nn.Module], str | None]) -> bool:
-        """Trace blocks that are one program once (`Repeats`). Returns whether there are any."""
+    def trace_once(self, blocks: Sequence[str], identity: Callable[[nn.Module], str | None]) -> bool:
+        """Trace blocks that are one program once (`Repeats`). Returns whether there can be any."""
         repeats = Repeats(self.module, blocks, identity)
         self.repeats = repeats if repeats.found else None
         return repeats.found
@@ -128,6 +128,8 @@ class Skeleton:
                     return exported
                 what = "its forward does something else for a batch of 2"
             except CaptureError:
+                if self.repeats is not None:
+                    raise  # it may be the shortcut that failed
                 what = "a batch of 2 could not be traced"
             warnings.warn(f"{self.model_name}: {what}, so the captured graph takes batch 1 only", stacklevel=4)
         return self._try(tensors, dynamic)
@@ -171,7 +173,8 @@ class Skeleton:
                     with shape_rules():
                         exported = torch.export.export(self.module, fresh, dynamic_shapes=(tuple(dynamic),), strict=False)
                     writes = {node.target for node in exported.graph.nodes if _mutates(node)}
-                    if self.repeats is not None and writes - {torch.ops.aten.detach_.default}:
+                    copies = any(node.target is again for node in exported.graph.nodes)
+                    if copies and writes - {torch.ops.aten.detach_.default}:
                         raise CaptureError(f"{self.model_name}: forward writes into tensors, so each block must be traced")
                     if writes:
                         exported = exported.run_decompositions({})

@@ -12,7 +12,8 @@ import contextlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 from squareq_fx.errors import CaptureError
 from squareq_fx.specs import spec
 
-__all__ = ["KEPT_META", "Copies", "Repeats"]
+__all__ = ["KEPT_META", "Copies", "Repeats", "again"]
 
 KEPT_META = {"val", "stack_trace", "nn_module_stack"}
 """What is told of a node of a trace."""
@@ -86,24 +87,21 @@ class Repeats:
 
     Args:
         module: the skeleton; the blocks' `forward` is replaced.
-        blocks: paths of blocks, of which those without an equal are left alone.
+        blocks: paths of blocks; one that is alone in its list is left alone.
         identity: of a block, but for its weights' values and what it is called with; None if that cannot be told.
     """
 
-    def __init__(self, module: nn.Module, blocks: Iterable[str], identity: Callable[[nn.Module], str | None]) -> None:
+    def __init__(self, module: nn.Module, blocks: Sequence[str], identity: Callable[[nn.Module], str | None]) -> None:
         self._identity = identity
         self._records: dict[int, _Record] = {}
         self._calls: dict[Any, int] = {}
         self._count = 0
-        groups: dict[tuple[str, str], list[str]] = {}
-        for path in blocks:
-            same = identity(module.get_submodule(path))
-            if same is not None:
-                groups.setdefault((path.rpartition(".")[0], same), []).append(path)
-        self.found = any(len(paths) > 1 for paths in groups.values())
-        for group, path in ((group, path) for group, paths in groups.items() if len(paths) > 1 for path in paths):
+        lists = Counter(path.rpartition(".")[0] for path in blocks)
+        several = [path for path in blocks if lists[path.rpartition(".")[0]] > 1]
+        self.found = bool(several)
+        for path in several:
             block = module.get_submodule(path)
-            instead = partial(self._call, group, path, block, block.forward)
+            instead = partial(self._call, path, block, block.forward)
             instead.__signature__ = inspect.signature(block.forward)  # type: ignore[attr-defined]
             block.forward = instead
 
@@ -122,16 +120,14 @@ class Repeats:
         self._records.clear()
         self._count = 0
 
-    def _call(
-        self, group: Any, path: str, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _call(self, path: str, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, form = pytree.tree_flatten((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not all(isinstance(leaf, torch.Tensor) or type(leaf) in _SIMPLE for leaf in leaves):
             return forward(*args, **kwargs)
         others = ["a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
-        state = self._state(block)  # also of what the model changed since its blocks were compared
-        key = (group, state, str(form), *others, *(_position(tensor, given) for tensor in given), *map(_kind, given))
+        within, state = path.rpartition(".")[0], self._state(block)
+        key = (within, state, str(form), *others, *(_position(tensor, given) for tensor in given), *map(_kind, given))
         if key in self._calls:
             call = self._calls[key]
             record = self._records[call]

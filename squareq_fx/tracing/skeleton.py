@@ -32,7 +32,7 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, module in model.named_modules():
         for name, attribute in vars(module).items():
             if name == "_modules" or isinstance(attribute, _PLAIN) or (isinstance(attribute, _CONTAINERS) and not attribute):
-                continue  # most attributes are such, and asking pytree takes ten times as long
+                continue  # most attributes are such, and pytree takes long to say so
             for inner, value in pytree.tree_flatten_with_path(attribute)[0]:
                 if isinstance(value, torch.Tensor):
                     yield (f"{path}.{name}" if path else name) + pytree.keystr(inner), value
