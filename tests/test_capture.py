@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ import squareq_fx
 from squareq_fx.calls import flatten_call
 from squareq_fx.emit import emit
 from squareq_fx.errors import BindingError, CaptureError
-from squareq_fx.ir import Level, info, program, weight_inputs
+from squareq_fx.ir import Level, functions, info, program, weight_inputs
+from squareq_fx.passes import Outline, Stream
 from squareq_fx.specs import short_spec
 from squareq_fx.verify import check, fingerprint
 
@@ -322,6 +324,26 @@ def test_tensor_attributes_are_constants_by_name() -> None:
 )
 def test_constants_made_in_the_forward_keep_their_values(body: Callable[..., Any]) -> None:
     captured(body, torch.randn(2, 4), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: x + torch.tensor([[0]] * 2).mul(torch.arange(4)).exp().to(x.dtype).to(x.device),
+        lambda m, x: x + torch.tensor([0.5], device="cpu").to(x),
+        lambda m, x: x + torch.ones(4, device="cpu").cumsum(0).to(x),
+        lambda m, x: x * torch.tensor(0.1),
+    ],
+)
+def test_what_is_made_on_the_cpu_moves_to_the_card(body: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Chroma's embedding of [0]: streamed, the constant is part of a buffer on the card."""
+    monkeypatch.setattr(sys.modules["squareq_fx.capture"], "_device", lambda model, device: torch.device("cuda", 0))
+    graph = squareq_fx.capture(Function(lambda m, x: m.layer(body(m, x)), layer=nn.Linear(4, 4)), (torch.randn(2, 4),))
+    streamed = Stream()(Outline()(graph))
+    check(streamed)
+    for gm in (graph, streamed, *functions(streamed).values()):
+        devices = [n.meta["val"].device.type for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        assert devices and set(devices) == {"cuda"}
 
 
 def test_a_tied_weight_is_one_input_by_every_name() -> None:

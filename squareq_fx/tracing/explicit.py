@@ -143,16 +143,22 @@ def _spell_tokens(
 
 
 def relocate(gm: fx.GraphModule, device: torch.device) -> None:
-    """Move a graph traced on `meta` to the device it will run on: every device argument and every `val`."""
+    """Move a graph traced on `meta` to the device it will run on: every device argument and every `val`.
+
+    What the model computes of constants on the CPU, to copy the result to its inputs' device, moves as well: a constant is a
+    weight here and comes with its block, and a step that is recorded cannot wait for the host.
+    """
 
     def move(value: Any) -> Any:
-        return device if isinstance(value, torch.device) and value.type == "meta" else value
+        return device if isinstance(value, torch.device) and value.type in _TRACED_ON else value
 
     for node in gm.graph.nodes:
         node.args = pytree.tree_map(move, node.args)
         node.kwargs = pytree.tree_map(move, node.kwargs)
+        if device.type != "cpu" and _makes_its_own(node):
+            node.kwargs = {**node.kwargs, "device": device}
         for leaf in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+            if isinstance(leaf, torch.Tensor) and leaf.device.type in _TRACED_ON:
                 leaf.fake_device = device  # type: ignore[attr-defined]
     mode = fake_mode(gm)
     for node in gm.graph.nodes:
@@ -162,3 +168,14 @@ def relocate(gm: fx.GraphModule, device: torch.device) -> None:
             if "val" not in node.meta or spec(val) != spec(node.meta["val"]):  # decomposing drops some
                 node.meta["val"] = val
     gm.recompile()
+
+
+_TRACED_ON = ("meta", "cpu")
+
+
+def _makes_its_own(node: fx.Node) -> bool:
+    """Whether the operation makes a tensor of no other, on a device that it is not told: torch's default, the CPU."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.kwargs.get("device") is not None:
+        return False
+    takes_device = any(argument.name == "device" for argument in node.target._schema.arguments)
+    return takes_device and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
