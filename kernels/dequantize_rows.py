@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_rows
-from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
+from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 
 __all__ = ["TILES", "Tile", "dequantize_rows", "launch", "launch_layer"]
 
@@ -44,7 +44,7 @@ def _dequantize_rows(
             tl.store(b_ptr + rows, bias.to(b_ptr.dtype.element_ty), mask=rows < N)
 
 
-INTERPRETED = is_interpreted(_dequantize_rows)
+_LAUNCH = Launcher(_dequantize_rows)
 
 
 def dequantize_rows(
@@ -92,30 +92,23 @@ def launch_layer(
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`launch`, and the float32 [out] bias in dtype, rounded by the same programs: alone it would be a launch of its own."""
+    _LAUNCH.check(qweight)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     out_features = qweight.shape[0]
-    stored = stored_dtype(dtype, INTERPRETED)
+    stored = stored_dtype(dtype, _LAUNCH.interpreted)
     weight = torch.empty((out_features, in_features), dtype=stored, device=qweight.device)
     if weight.numel() == 0:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     exact = None if bias is None or dtype == torch.float32 else bias.contiguous()
     rounded = None if exact is None else torch.empty_like(exact, dtype=stored)
     block_n, block_k, warps = tile or TILES[dtype]
-    grid = (triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k),)
-    with launch_device(qweight, INTERPRETED):
-        _dequantize_rows[grid](
-            qweight,
-            scale.contiguous(),
-            zero_point.contiguous(),
-            exact,
-            weight,
-            rounded,
-            out_features,
-            in_features,
-            qweight.stride(0),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=warps,
-        )
+    _LAUNCH(
+        cdiv(out_features, block_n) * cdiv(in_features, block_k),
+        (qweight, scale.contiguous(), zero_point.contiguous(), exact, weight, rounded),
+        (),
+        (out_features, in_features, qweight.stride(0)),
+        (block_n, block_k),
+        num_warps=warps,
+    )
     return weight.to(dtype), bias if rounded is None else rounded.to(dtype)

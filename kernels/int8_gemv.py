@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_linear
-from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
+from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 
 __all__ = ["int8_gemv", "launch"]
 
@@ -73,7 +73,7 @@ def _int8_gemv(
         tl.store(y_ptr + N + offs_n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = is_interpreted(_int8_gemv)
+_LAUNCH = Launcher(_int8_gemv)
 _TILES = {1: (4, 512, 2, 3), 2: (16, 256, 4, 4)}
 """Rows of x: weight rows and columns of one step, warps, stages; the best of fourteen on an H200."""
 
@@ -109,8 +109,9 @@ def launch(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """`int8_gemv` of arguments that were checked already."""
+    _LAUNCH.check(x)
     in_features, width, rows = x.shape[-1], qweight.shape[0], x.shape[:-1].numel()
-    y = torch.empty((*x.shape[:-1], width), dtype=stored_dtype(x.dtype, INTERPRETED), device=x.device)
+    y = torch.empty((*x.shape[:-1], width), dtype=stored_dtype(x.dtype, _LAUNCH.interpreted), device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype)
     x2 = x.reshape(rows, in_features)
@@ -119,23 +120,12 @@ def launch(
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     block_n, block_k, warps, stages = _TILES[rows]
-    with launch_device(x, INTERPRETED):
-        _int8_gemv[(triton.cdiv(width, block_n),)](
-            x2,
-            qweight,
-            scale.contiguous(),
-            zero_point.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            width,
-            in_features,
-            x2.stride(0),
-            qweight.stride(0),
-            ROWS=rows,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            EVEN_K=in_features % block_k == 0,
-            STAGES=stages,
-            num_warps=warps,
-        )
+    _LAUNCH(
+        cdiv(width, block_n),
+        (x2, qweight, scale.contiguous(), zero_point.contiguous(), None if bias is None else bias.contiguous(), y),
+        (),
+        (width, in_features, x2.stride(0), qweight.stride(0)),
+        (rows, block_n, block_k, in_features % block_k == 0, stages),
+        num_warps=warps,
+    )
     return y.to(x.dtype)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_linear
 from squareq_fx.kernels.counters import COUNTERS, counters
-from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
+from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 from squareq_fx.kernels.tiles import FusedTile, tile_for
 
 __all__ = ["int8_linear", "launch"]
@@ -27,15 +27,15 @@ def _int8_linear(
     zero_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    counter_ptr,
     M,
+    split,
     N,
     K,
     packed_k,
     stride_xm,
     stride_qn,
-    partial_ptr,
-    counter_ptr,
-    split,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,7 +122,7 @@ def _int8_linear(
         tl.store(y_tile, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = is_interpreted(_int8_linear)
+_LAUNCH = Launcher(_int8_linear)
 _INTERPRETER_TILE = FusedTile(16, 32, 64, 4, 1, 2)
 """Small, so that a test of a few dozen rows and columns has several tiles, split ones, and a ragged last one."""
 
@@ -159,51 +159,36 @@ def launch(
     tile: FusedTile | None = None,
 ) -> torch.Tensor:
     """`int8_linear` of arguments that were checked already."""
+    _LAUNCH.check(x)
     in_features, out_features = x.shape[-1], qweight.shape[0]
     rows = x.shape[:-1].numel()
-    y = torch.empty((*x.shape[:-1], out_features), dtype=stored_dtype(x.dtype, INTERPRETED), device=x.device)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=stored_dtype(x.dtype, _LAUNCH.interpreted), device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype)
-    place = launch_device(x, INTERPRETED)
     x2 = x.reshape(rows, in_features)
     if x2.stride(1) != 1:
         x2 = x2.contiguous()
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     if tile is None:
-        known = tile_for("int8_linear", rows, out_features, in_features, x.dtype, x.device) if not INTERPRETED else None
+        known = tile_for("int8_linear", rows, out_features, in_features, x.dtype, x.device) if not _LAUNCH.interpreted else None
         tile = known if isinstance(known, FusedTile) else _INTERPRETER_TILE
-    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n)
-    split, partial, count = min(tile.split, max(1, triton.cdiv(in_features, tile.k))), None, None
+    tiles = cdiv(rows, tile.m) * cdiv(out_features, tile.n)
+    split, partial, count = min(tile.split, max(1, cdiv(in_features, tile.k))), None, None
     if split > 1:
         count = counters(x.device) if tiles <= COUNTERS else None
         split = split if count is not None else 1
     if split > 1:
         partial = torch.empty(tiles * split * tile.m * tile.n, dtype=torch.float32, device=x.device)
-    with place:
-        _int8_linear[(tiles * split,)](
-            x2,
-            qweight,
-            scale.contiguous(),
-            zero_point.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            rows,
-            out_features,
-            in_features,
-            qweight.shape[1],
-            x2.stride(0),
-            qweight.stride(0),
-            partial,
-            count,
-            split,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            EVEN_K=in_features % tile.k == 0,
-            WIDEN=y.dtype != x.dtype,  # the interpreter multiplies bfloat16 as integers
-            SPLITS=split > 1,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    widen = y.dtype != x.dtype  # the interpreter multiplies bfloat16 as integers
+    exact = None if bias is None else bias.contiguous()
+    _LAUNCH(
+        tiles * split,
+        (x2, qweight, scale.contiguous(), zero_point.contiguous(), exact, y, partial, count),
+        (rows, split),
+        (out_features, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0)),
+        (tile.m, tile.n, tile.k, in_features % tile.k == 0, widen, split > 1),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return y.to(x.dtype)

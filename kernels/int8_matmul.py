@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
-from squareq_fx.kernels.launch import is_interpreted, launch_device, stored_dtype
+from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 from squareq_fx.kernels.tiles import MatmulTile, Tail, halves_fit, tile_for
 
 __all__ = ["Schedule", "int8_matmul", "launch"]
@@ -157,6 +158,10 @@ def _int8_matmul(
     partial_ptr,
     counter_ptr,
     M,
+    whole,  # tiles computed by one program each
+    tail,  # tiles after those
+    split,  # programs that share each tile of the tail: its depth, or two its rows
+    group,  # MatmulTile.group
     N,
     K,
     packed_k,
@@ -164,10 +169,6 @@ def _int8_matmul(
     stride_qn,
     stride_am,
     part_n,  # columns of one part of y
-    whole,  # tiles computed by one program each
-    tail,  # tiles after those
-    split,  # programs that share each tile of the tail: its depth, or two its rows
-    group,  # MatmulTile.group
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -235,11 +236,11 @@ def _int8_matmul(
             )  # fmt: skip
 
 
-INTERPRETED = is_interpreted(_int8_matmul)
+_LAUNCH = Launcher(_int8_matmul)
 _INTERPRETER_TILE = MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH)
 _INTERPRETER_PROGRAMS = 4
 """The interpreter's card: so few programs at a time that small tests split tiles too."""
-_MIN_DEPTH = 2 if INTERPRETED else 8
+_MIN_DEPTH = 2 if _LAUNCH.interpreted else 8
 """Steps of K that a piece of a split tile has at least: leaving and adding sums costs about as much as five."""
 
 
@@ -279,18 +280,18 @@ def launch(
     tile: MatmulTile | None = None,
 ) -> torch.Tensor:
     """`int8_matmul` of arguments that were checked already."""
+    _LAUNCH.check(xq)
     in_features, rows, width = xq.shape[-1], xq.shape[:-1].numel(), qweight.shape[0]
     shape = (*xq.shape[:-1], width // parts)
-    y = torch.empty(shape if parts == 1 else (parts, *shape), dtype=stored_dtype(dtype, INTERPRETED), device=xq.device)
+    y = torch.empty(shape if parts == 1 else (parts, *shape), dtype=stored_dtype(dtype, _LAUNCH.interpreted), device=xq.device)
     if y.numel() == 0:
         return y.to(dtype)
-    place = launch_device(xq, INTERPRETED)
     x2 = _rows(xq, rows, in_features)
     extra = None if addend is None else _rows(addend, rows, width)
     if qweight.stride(1) != 1:
         qweight = qweight.contiguous()
     if tile is None:
-        known = tile_for("int8_matmul", rows, width, in_features, dtype, xq.device) if not INTERPRETED else None
+        known = tile_for("int8_matmul", rows, width, in_features, dtype, xq.device) if not _LAUNCH.interpreted else None
         tile = known if isinstance(known, MatmulTile) else _INTERPRETER_TILE
     plan = _schedule(rows, width, in_features, tile, xq.device)
     partial = count = None
@@ -300,53 +301,33 @@ def launch(
             plan = Schedule(plan.whole + plan.tail, 0, 1, plan.programs, Tail.WHOLE)
         else:
             partial = torch.empty(plan.tail * plan.split * tile.m * tile.n, dtype=torch.int32, device=xq.device)
-    described = not INTERPRETED and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
+    described = not _LAUNCH.interpreted and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
     a: object = x2
     b: object = qweight
     half: object = None
     if described:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         a = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m, tile.k])
         if plan.kind == Tail.ROWS:
             half = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m // 2, tile.k])
         b = TensorDescriptor(qweight, [width, in_features], [qweight.stride(0), 1], [tile.n, tile.k])
-    with place:
-        _int8_matmul[(plan.programs,)](
-            a,
-            b,
-            half,
-            sx.contiguous(),
-            scale.contiguous(),
-            zero_point.contiguous(),
-            None if bias is None else bias.contiguous(),
-            extra,
-            y,
-            partial,
-            count,
-            rows,
-            width,
-            in_features,
-            qweight.shape[1],
-            x2.stride(0),
-            qweight.stride(0),
-            extra.stride(0) if extra is not None else 0,
-            width // parts,
-            plan.whole,
-            plan.tail,
-            plan.split,
-            tile.group,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            DESCRIPTORS=described,
-            EVEN_K=in_features % tile.k == 0,
-            ALIGNED=parts == 1 or (width // parts) % tile.n == 0,
-            ACTIVATION=activation,
-            TAIL=plan.kind.name,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _LAUNCH(
+        plan.programs,
+        (
+            a, b, half, sx.contiguous(), scale.contiguous(), zero_point.contiguous(),
+            None if bias is None else bias.contiguous(), extra, y, partial, count,
+        ),
+        (rows, plan.whole, plan.tail, plan.split, tile.group),
+        (
+            width, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0),
+            0 if extra is None else extra.stride(0), width // parts,
+        ),
+        (
+            tile.m, tile.n, tile.k, described, in_features % tile.k == 0,
+            parts == 1 or (width // parts) % tile.n == 0, activation, plan.kind.name,
+        ),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
     return y.to(dtype)
 
 
@@ -367,15 +348,15 @@ class Schedule(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch.device) -> Schedule:
-    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
+    tiles = cdiv(rows, tile.m) * cdiv(width, tile.n)
     if not tile.programs:
         return Schedule(tiles, 0, 1, tiles, Tail.WHOLE)
-    at_once = _INTERPRETER_PROGRAMS if INTERPRETED else _processors(device) * tile.programs
+    at_once = _INTERPRETER_PROGRAMS if _LAUNCH.interpreted else _processors(device) * tile.programs
     tail, split = tiles % at_once, 1
     if tile.tail == Tail.ROWS and halves_fit(tail, at_once):
         split = 2
     if tile.tail == Tail.DEPTH and 0 < tail <= COUNTERS:
-        split = min(at_once // tail, triton.cdiv(depth, tile.k) // _MIN_DEPTH)
+        split = min(at_once // tail, cdiv(depth, tile.k) // _MIN_DEPTH)
     if split < 2:
         return Schedule(tiles, 0, 1, min(tiles, at_once), Tail.WHOLE)
     return Schedule(tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split), tile.tail)

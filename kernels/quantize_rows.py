@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_quantize_rows
-from squareq_fx.kernels.launch import is_interpreted, launch_device
+from squareq_fx.kernels.launch import Launcher, cdiv
 from squareq_fx.kernels.reference import SMALLEST_ROW
 
 __all__ = ["WIDEST", "RowTile", "launch", "quantize_rows", "tile_for"]
@@ -107,7 +107,8 @@ def _quantize_wide_rows(
     tl.store(s_ptr + 2 * row + 1, (tl.sum(total, axis=0) - EXCESS).to(tl.float32))
 
 
-INTERPRETED = is_interpreted(_quantize_rows)
+_LAUNCH = Launcher(_quantize_rows)
+_LAUNCH_WIDE = Launcher(_quantize_wide_rows)
 
 
 class RowTile(NamedTuple):
@@ -169,6 +170,7 @@ def launch(
     x: torch.Tensor, beside: torch.Tensor | None = None, tile: RowTile | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows` of arguments that were checked already; tile: another than `tile_for` has, for measuring."""
+    _LAUNCH.check(x)
     columns, rows = x.shape[-1] + (0 if beside is None else beside.shape[-1]), x.shape[:-1].numel()
     q = torch.empty((*x.shape[:-1], columns), dtype=torch.int8, device=x.device)
     scale = torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device)
@@ -180,21 +182,20 @@ def launch(
         return launch(torch.cat((x, beside), dim=-1))
     x2 = _as_rows(x, rows)
     other = x2 if beside is None else _as_rows(beside, rows)
-    with launch_device(x, INTERPRETED):
-        if tile is None:
-            excess = _excess(triton.cdiv(columns, _WIDE_BLOCK) * _WIDE_BLOCK)
-            _quantize_wide_rows[(rows,)](
-                x2, q, scale, rows, columns, x2.stride(0), SMALLEST_ROW, _WIDE_BLOCK, excess,
-                num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
-        else:
-            height, width, blocks, warps = tile
-            first = blocks if beside is None else x.shape[-1] // width
-            _quantize_rows[(triton.cdiv(rows, height),)](
-                x2, other, q, scale, rows, columns, x2.stride(0), other.stride(0),
-                SMALLEST_ROW, height, width, blocks, first, _excess(width * blocks),
-                num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
+    if tile is None:
+        excess = _excess(cdiv(columns, _WIDE_BLOCK) * _WIDE_BLOCK)
+        constants: tuple[Any, ...] = (SMALLEST_ROW, _WIDE_BLOCK, excess)
+        _LAUNCH_WIDE(
+            rows, (x2, q, scale), (rows,), (columns, x2.stride(0)), constants, num_warps=8, enable_fp_fusion=False
+        )  # fmt: skip
+    else:
+        height, width, blocks, warps = tile
+        first = blocks if beside is None else x.shape[-1] // width
+        constants = (SMALLEST_ROW, height, width, blocks, first, _excess(width * blocks))
+        _LAUNCH(
+            cdiv(rows, height), (x2, other, q, scale), (rows,), (columns, x2.stride(0), other.stride(0)), constants,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return q, scale
 
 
