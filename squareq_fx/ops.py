@@ -24,8 +24,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +49,7 @@ __all__ = [
     "int8_linear_parts",
     "int8_matmul",
     "keep",
+    "kernel",
     "load",
     "offload",
     "prefetch",
@@ -112,15 +116,19 @@ _LIBRARY.define("arrived(Tensor(a) x) -> Tensor(a)")
 _LIBRARY.define("unpack(Tensor(a) weights, int offset, int[] size, ScalarType dtype) -> Tensor(a)")
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    """What runs an operation: the function of that name in `kernels.dispatch`, imported at the first call."""
+def kernel(name: str) -> Callable[..., Any]:
+    """What calls the function of that name in `kernels.dispatch`, which is imported at the first call."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        from squareq_fx.kernels import dispatch
+        return getattr(_dispatch(), name)(*args, **kwargs)
 
-        return getattr(dispatch, name)(*args, **kwargs)
-
+    run.__name__ = name
     return run
+
+
+@functools.cache
+def _dispatch() -> ModuleType:
+    return importlib.import_module("squareq_fx.kernels.dispatch")
 
 
 def _without_gradient(name: str) -> Callable[..., Any]:
@@ -203,7 +211,7 @@ def _argument_kernel(x: torch.Tensor, module: str, name: str) -> None:
 
 _LIBRARY.impl("argument", _argument_kernel, "CompositeExplicitAutograd")
 for _name in ("int8_linear", "int8_linear_dx", "int8_linear_parts", "quantize_rows", "int8_matmul"):
-    _LIBRARY.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, kernel(_name), "CompositeExplicitAutograd")
 for _name in ("int8_linear", "int8_linear_parts", "quantize_rows", "int8_matmul"):
     _LIBRARY.impl(_name, _without_gradient(_name), "Autograd")
 _LIBRARY.impl("cotangent", _cotangent_kernel, "CompositeExplicitAutograd")

@@ -132,23 +132,11 @@ def unpacker(pieces: Sequence[tuple[Any, ...]]) -> Callable[[torch.Tensor], list
     return unpack_all
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    """A function of `kernels.dispatch`, which is imported when it is first called."""
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        from squareq_fx.kernels import dispatch
-
-        return getattr(dispatch, name)(*arguments, **options)
-
-    run.__name__ = name
-    return run
-
-
 _DIRECT: dict[Any, Callable[..., Any]] = {
-    ops.int8_linear: _kernel("run_int8_linear"),
-    ops.int8_linear_dx: _kernel("run_int8_linear_dx"),
-    ops.int8_linear_parts: _kernel("run_int8_linear_parts"),
-    ops.quantize_rows: _kernel("run_quantize_rows"),
-    ops.int8_matmul: _kernel("run_int8_matmul"),
+    ops.int8_linear: ops.kernel("run_int8_linear"),
+    ops.int8_linear_dx: ops.kernel("run_int8_linear_dx"),
+    ops.int8_linear_parts: ops.kernel("run_int8_linear_parts"),
+    ops.quantize_rows: ops.kernel("run_quantize_rows"),
+    ops.int8_matmul: ops.kernel("run_int8_matmul"),
     attention: run_attention,
 }
