@@ -2,7 +2,8 @@
 
 Every package is imported where it is used, in the process of its arm, and called as its documentation says. An arm's name may
 end with "+compile" (torch.compile; a diffusers model by `compile_repeated_blocks`) or "+max" (the same with mode
-"max-autotune-no-cudagraphs"), one of ours with "+cudagraph", or with "+streamed": recorded too, the weights in host memory.
+"max-autotune-no-cudagraphs"), one of ours, which Inductor compiles, with "+eager", "+cudagraph", or "+streamed":
+recorded too, the weights in host memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ __all__ = [
 _INT_MM_ROWS = 16  # torch._int_mm, which torchao's dynamic arm calls, takes more rows than this
 OURS = {"ours-w8a16": "w8a16", "ours-w8a8": "w8a8", "ours-auto": "auto"}
 """Our arms and their `compute`. One layer alone has no "auto": `compile` chooses between the two for each layer."""
-_HOW = {"": ("inductor", "resident"), "cudagraph": ("cudagraph", "resident"), "streamed": ("cudagraph", "host")}
+_HOW = {
+    "": ("inductor", "resident"),
+    "eager": ("eager", "resident"),
+    "cudagraph": ("cudagraph", "resident"),
+    "streamed": ("cudagraph", "host"),
+}
 """Suffix of our arms: `backend` and `backing`."""
 
 
@@ -90,7 +96,11 @@ def _quanto(model: nn.Module, rows: Mapping[str, int], training: bool) -> None:
 
 
 def _bitsandbytes(model: nn.Module, rows: Mapping[str, int], training: bool) -> None:
-    """LLM.int8 without its outlier columns (threshold 0), the fastest it offers. It computes in float16 inside."""
+    """LLM.int8 without its outlier columns (threshold 0), the fastest it offers. It computes in float16 inside.
+
+    Its CUDA code reads an input that is not contiguous as if it were (0.50.2; attention's `proj_in` in SDXL gets such), so it is
+    given contiguous ones.
+    """
     import bitsandbytes as bnb
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of its cast to float16 at every call
@@ -104,6 +114,7 @@ def _bitsandbytes(model: nn.Module, rows: Mapping[str, int], training: bool) -> 
         q, scale, _ = bnb.functional.int8_vectorwise_quant(linear.weight.data.to(torch.float16))
         layer.weight = bnb.nn.Int8Params(q, requires_grad=False, has_fp16_weights=False, CB=q, SCB=scale)
         layer.bias = linear.bias
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
         return layer
 
     _replace(model, rows, convert)
