@@ -98,8 +98,8 @@ def _quanto(model: nn.Module, rows: Mapping[str, int], training: bool) -> None:
 def _bitsandbytes(model: nn.Module, rows: Mapping[str, int], training: bool) -> None:
     """LLM.int8 without its outlier columns (threshold 0), the fastest it offers. It computes in float16 inside.
 
-    Its CUDA code reads an input that is not contiguous as if it were (0.50.2; attention's `proj_in` in SDXL gets such), so it is
-    given contiguous ones.
+    Its CUDA code reads an input that is not contiguous as if it were (0.50.2; attention's `proj_in` in SDXL gets such), so it
+    is given contiguous ones.
     """
     import bitsandbytes as bnb
 
