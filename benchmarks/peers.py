@@ -6,10 +6,10 @@
     python benchmarks/peers.py --tiny --out /tmp/tiny              # toys on the CPU: the script itself in seconds
 
 Arms: bf16, bf16+compile, ours-w8a16, ours-w8a8, ours-auto, torchao-w8a16, torchao-w8a8, quanto, bitsandbytes, sdnq,
-comfy-kitchen; each takes the suffix +compile or +max, ours, which go through Inductor, +eager, +cudagraph or +streamed. A
-package that is not installed is a note in the table. Every arm runs in a process of its own (ours of one model in one), and
-while one measures the others are stopped. Writes peers.jsonl line by line, and from what is there at the end peers.md and
-peers-PART.png. Random weights; nothing is downloaded.
+comfy-kitchen; each takes the suffix +compile or +max, ours, which go through Inductor, +eager, +cudagraph, +eager+cudagraph or
++streamed. A package that is not installed is a note in the table. Every arm runs in a process of its own (ours of one model in
+one), and while one measures the others are stopped. Writes peers.jsonl line by line, and from what is there at the end peers.md
+and peers-PART.png. Random weights; nothing is downloaded.
 """
 
 from __future__ import annotations

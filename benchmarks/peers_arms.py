@@ -2,8 +2,8 @@
 
 Every package is imported where it is used, in the process of its arm, and called as its documentation says. An arm's name may
 end with "+compile" (torch.compile; a diffusers model by `compile_repeated_blocks`) or "+max" (the same with mode
-"max-autotune-no-cudagraphs"), one of ours, which Inductor compiles, with "+eager", "+cudagraph", or "+streamed":
-recorded too, the weights in host memory.
+"max-autotune-no-cudagraphs"), one of ours, which Inductor compiles, with "+eager", "+cudagraph", "+eager+cudagraph", or
+"+streamed": recorded too, the weights in host memory.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ OURS = {"ours-w8a16": "w8a16", "ours-w8a8": "w8a8", "ours-auto": "auto"}
 _HOW = {
     "": ("inductor", "resident"),
     "eager": ("eager", "resident"),
+    "eager+cudagraph": ("eager+cudagraph", "resident"),
     "cudagraph": ("cudagraph", "resident"),
     "streamed": ("cudagraph", "host"),
 }

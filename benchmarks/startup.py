@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(CLASSES), default="flux")
     parser.add_argument("--compute", choices=("w8a16", "w8a8", "auto"), default="w8a8")
-    parser.add_argument("--backend", choices=("inductor", "cudagraph", "eager"), default="inductor")
+    parser.add_argument("--backend", choices=("inductor", "cudagraph", "eager", "eager+cudagraph"), default="inductor")
     parser.add_argument("--slab", type=Path, help="a slab of this model, without extension; default: one is built")
     parser.add_argument("--tune", action="store_true", help="compile(tune=True): the cold run measures the kernels' tiles")
     parser.add_argument("--size", type=int, default=1024, help="pixels a side; a toy's are its own")

@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--alone", type=int, default=6, help="steps of the other runs of one arm")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of the interleaved run, fewer if the time is up")
     parser.add_argument("--compute", choices=("w8a16", "w8a8"), default="w8a16", help="of our arms")
-    parser.add_argument("--backend", choices=("eager", "inductor", "cudagraph"), default="eager", help="of our arms")
+    backends = ("eager", "inductor", "cudagraph", "eager+cudagraph")
+    parser.add_argument("--backend", choices=backends, default="eager", help="of our arms")
     parts = [part for part, _ in MEASUREMENT]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="only these; some need others")
     parser.add_argument("--limit", type=float, default=530, help="seconds for everything")

@@ -23,6 +23,7 @@ import squareq_fx
 from squareq_fx.auto.deciding import usual_sizes
 from squareq_fx.emit import emit
 from squareq_fx.lora import Lora
+from squareq_fx.lowering.backends import compiles
 from squareq_fx.slab.checksums import checksum
 
 __all__ = ["MEASUREMENT", "PREPARATION", "Bench", "Log", "Part"]
@@ -120,7 +121,7 @@ class Bench:
 
     def programs(self) -> None:
         """Compiled here, so that later arms find them in Inductor's cache."""
-        if self.options.backend != "eager":
+        if compiles(self.options.backend):
             self._module("host").shutdown()
             held(self.subject.device)
 
@@ -230,7 +231,7 @@ class Bench:
 
     def _module(self, backing: Any) -> squareq_fx.CompiledModule:
         graph, model, slab = self._need("graph"), self.subject.on_meta(), self._need("slab")
-        sizes = None if self.options.backend == "eager" else usual_sizes(graph, model, slab)
+        sizes = usual_sizes(graph, model, slab) if compiles(self.options.backend) else None
         return emit(graph, model, slab, backing=backing, backend=self.options.backend, value_of=sizes)
 
     def _beside_others(self, run: str, index: int, arm: Arm) -> None:

@@ -21,7 +21,7 @@ from squareq_fx.errors import SquareQError
 from squareq_fx.ir import Stage
 from squareq_fx.kernels.arguments import COMPUTES
 from squareq_fx.lora import Lora
-from squareq_fx.lowering.backends import Backend, check_backend
+from squareq_fx.lowering.backends import Backend, check_backend, compiles
 from squareq_fx.passes import Quantize, Save, default_passes
 from squareq_fx.pipeline import Pass
 from squareq_fx.runtime.store import Backing
@@ -86,7 +86,8 @@ def compile(
         keep_resident: segments that are never evicted.
         backend: how the blocks run. "eager": operation by operation. "inductor": each unique function of the graph compiled by
             TorchInductor, here and once for all sizes; a second process finds the programs in Inductor's cache. "cudagraph":
-            the same, and what a whole forward or backward launches is recorded and replayed.
+            the same, and what a whole forward or backward launches is recorded and replayed. "eager+cudagraph": "eager",
+            recorded; there is nothing to compile, and the bits are those of "eager".
         slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
         block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
         observe: called after each stage.
@@ -102,7 +103,7 @@ def compile(
         SlabError: the slab is damaged, of another model, or lacks a weight.
         CaptureError: the model cannot be captured or it is unknown what to call it with.
         PassError: a pass refuses the graph or broke it; `compute` or `keep` name what the slab does not have.
-        SquareQError: `backing` or `backend` is not one of the three, Inductor refuses a function, or `compute` is no way to
+        SquareQError: there is no such `backing` or `backend`, Inductor refuses a function, or `compute` is no way to
             compute and no file of decisions, or given together with `passes`.
     """
     check_backend(backend, device)
@@ -146,7 +147,7 @@ def compile(
         passes = tuple(replace(p, compute=decisions) if isinstance(p, Quantize) else p for p in passes)
     graph = graphs.after(passes, until, captured)
     tune_kernels(graph, model, opened, example_inputs=example_inputs, measure=tune or auto, progress=progress)
-    value_of = None if backend == "eager" else usual_sizes(graph, model, opened, example_inputs=example_inputs)
+    value_of = usual_sizes(graph, model, opened, example_inputs=example_inputs) if compiles(backend) else None
     with status() as show:
         return emit(
             graph,

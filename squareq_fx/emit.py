@@ -60,7 +60,7 @@ def emit(
     lowering = Lowering(backend, record.device, value_of)
     if backend != "eager" and record.level < Level.STREAMED:
         raise SquareQError(
-            f"backend={backend!r} compiles the functions of a streamed graph, and this one is {record.level.name.lower()}; go "
+            f"backend={backend!r} is for streamed graphs, and this one is {record.level.name.lower()}; go "
             'on to the pass stream, or choose backend="eager"'
         )
     values = WeightValues(model, slab, record.constants)

@@ -18,6 +18,7 @@ WAYS = (
     ("flux", "w8a8", "inductor"),
     ("flux", "auto", "eager"),
     ("flux", "w8a16", "cudagraph"),
+    ("flux", "w8a8", "eager+cudagraph"),
     ("sdxl", "w8a8", "inductor"),
     ("sdxl", "w8a16", "cudagraph"),
 )
@@ -44,7 +45,7 @@ def test_every_way_of_running_agrees(family: str, compute: str, backend: Any, tm
     other.shutdown()
 
 
-@pytest.mark.parametrize("backend", ["inductor", "cudagraph"])
+@pytest.mark.parametrize("backend", ["inductor", "cudagraph", "eager+cudagraph"])
 def test_gradients_agree(backend: Any) -> None:
     lora = Lora(rank=4, alpha=4, targets="attention")
     modules = [compiled("flux", lora=lora), compiled("flux", lora=lora, backend=backend)]

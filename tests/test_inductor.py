@@ -432,10 +432,12 @@ def test_two_that_lie_in_memory_are_left_to_our_kernel(joins: bool) -> None:
 
 def test_an_unknown_backend_is_refused_before_any_work() -> None:
     models = staged()
-    with pytest.raises(SquareQError, match="backend='tvm' is none of eager, inductor, cudagraph"):
+    with pytest.raises(SquareQError, match="backend='tvm' is none of eager, inductor, cudagraph, eager.cudagraph"):
         squareq_fx.compile(models.model, "no such slab", backend="tvm")  # type: ignore[arg-type]
     with pytest.raises(SquareQError, match="cannot run on cpu"):
         squareq_fx.compile(models.model, "no such slab", backend="cudagraph", device="cpu")
+    with pytest.raises(SquareQError, match=r'backend="eager\+cudagraph" records graphs of a CUDA device'):
+        squareq_fx.compile(models.model, "no such slab", backend="eager+cudagraph", device="cpu")
     with pytest.raises(SquareQError, match="this one is quantized; go on to the pass stream"):
         emit(models.graphs["adapt"], models.model, models.slab, backend="inductor")
 

@@ -24,6 +24,7 @@ from squareq_fx import CompiledModule, ops
 from squareq_fx.emit import emit
 from squareq_fx.errors import RuntimeStateError, SquareQError
 from squareq_fx.ir import set_info
+from squareq_fx.lowering import backends
 from squareq_fx.lowering.lowered import lowered
 from squareq_fx.recording.cuda_graphs import copy_into, memory_like
 from squareq_fx.recording.pieces import plan
@@ -328,6 +329,34 @@ def test_training_gives_the_same_gradients(save: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
         seen.append(module(**call).sample.detach())
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_backend_that_compiles_nothing_is_eager_recorded(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`backend="eager+cudagraph"` as `compile` gives it, on a device of the tests that records."""
+    recorders: list[PoisonRecorder] = []
+    monkeypatch.setattr(backends, "check_device", lambda *a: None)
+    monkeypatch.setattr(backends, "CudaRecorder", lambda device: recorders.append(PoisonRecorder(1 << 25)) or recorders[-1])
+    one = compiled("flux")
+    plain, module = (
+        squareq_fx.compile(one.model, one.slab, lora=lora, backend=backend, cache=False, progress=False)  # type: ignore[arg-type]
+        for backend in ("eager", "eager+cudagraph")
+    )
+    if lora is not None:
+        with torch.no_grad(), seeded(3):
+            for p, q in zip(plain.adapter_parameters().values(), module.adapter_parameters().values(), strict=True):
+                q.copy_(p.normal_(std=0.1))
+    for _ in range(3):
+        for batch in (2, 1):
+            outputs = [m(**calls("flux", batch)).sample for m in (plain, module)]
+            assert torch.equal(*outputs)
+            if lora is not None:
+                first, second = (_gradients(m, output) for m, output in zip((plain, module), outputs, strict=True))
+                assert first and all(map(torch.equal, first, second))
+    (recorder,) = recorders
+    assert recorder.replays > 0 and not module.lowering.compilations
+    reports = [run.report() for run in recordings(module)]
+    assert [r.recordings for r in reports] == ([2] if lora is None else [0, 2, 2])
 
 
 # -------------------------------------------------------------------------------------- addresses, limits and errors

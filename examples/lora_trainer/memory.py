@@ -44,7 +44,7 @@ def check_memory(found: squareq_fx.Forecast, trained: int, settings: Settings, f
     """
     needed = found.peak + trained * (4 + _STATE_BYTES[settings.optimizer] + (4 if settings.ema is not None else 0))
     text = f"the largest batch will hold {needed / 2**30:.2f} GiB, the optimizer's states and gradients included: {found}"
-    if settings.backend == "cudagraph":
+    if "cudagraph" in settings.backend:
         text += "; while it is recorded more, for Flux at 1024x1024 a third more"
     if free is None or needed <= free:
         return text

@@ -1,4 +1,4 @@
-"""How the functions of a graph are made to run: `backend="eager"`, `"inductor"` or `"cudagraph"`.
+"""How the functions of a graph are made to run: `backend="eager"`, `"inductor"`, `"cudagraph"` or `"eager+cudagraph"`.
 
 Each unique function is lowered once, whichever of a module's graphs calls it; loads, evictions and prefetches stay outside.
 """
@@ -19,9 +19,18 @@ from squareq_fx.recording.cuda_graphs import CudaRecorder, check_device
 from squareq_fx.recording.recorded import recorded
 from squareq_fx.specs import spec
 
-__all__ = ["Backend", "Lowering", "check_backend"]
+__all__ = ["Backend", "Lowering", "check_backend", "compiles"]
 
-Backend = Literal["eager", "inductor", "cudagraph"]
+Backend = Literal["eager", "inductor", "cudagraph", "eager+cudagraph"]
+
+
+def compiles(backend: str) -> bool:
+    """Whether Inductor compiles the functions."""
+    return backend in ("inductor", "cudagraph")
+
+
+def _records(backend: str) -> bool:
+    return backend in ("cudagraph", "eager+cudagraph")
 
 
 def check_backend(backend: str, device: torch.device | str | None = None) -> None:
@@ -32,16 +41,16 @@ def check_backend(backend: str, device: torch.device | str | None = None) -> Non
     """
     if backend not in get_args(Backend):
         raise SquareQError(f"backend={backend!r} is none of {', '.join(get_args(Backend))}")
-    if backend == "cudagraph" and device is not None:
-        check_device(device)
+    if _records(backend) and device is not None:
+        check_device(device, backend)
 
 
 class Lowering:
     """Makes what runs in place of the graphs of one module; a function that several of them call is compiled once.
 
     Args:
-        backend: "eager" runs the graph's operations one by one; "inductor" compiles each function; "cudagraph" compiles each
-            function, and records what whole forwards and backwards launch.
+        backend: "eager" runs the graph's operations one by one; "inductor" compiles each function; "cudagraph" and
+            "eager+cudagraph" do the same, and record what whole forwards and backwards launch.
         device: where the graphs run.
         value_of: the sizes that programs are tuned for (`inductor.compile_function`).
 
@@ -58,7 +67,7 @@ class Lowering:
         check_backend(backend, device)
         self.backend = backend
         self._value_of = value_of
-        self._recorder = CudaRecorder(device) if backend == "cudagraph" and device is not None else None
+        self._recorder = CudaRecorder(device) if _records(backend) and device is not None else None
         self._functions: dict[tuple[Any, ...], nn.Module] = {}
         self._compilations: list[Compilation] = []
 
@@ -69,8 +78,8 @@ class Lowering:
 
     def __call__(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """The twin of a graph (`lowered`), with this backend."""
-        twin = lowered(gm) if self.backend == "eager" else lowered(gm, self._function)
-        return recorded(twin, recorder=self._recorder) if self.backend == "cudagraph" else twin
+        twin = lowered(gm, self._function) if compiles(self.backend) else lowered(gm)
+        return recorded(twin, recorder=self._recorder) if _records(self.backend) else twin
 
     def prepare(self, graphs: Iterable[Lowered], show: Callable[[str], None]) -> None:
         """Lower now what the first calls of `graphs` would.
@@ -79,7 +88,7 @@ class Lowering:
             show: called with the progress, as text, before each function.
         """
         graphs = list(graphs)
-        if self.backend == "eager":
+        if not compiles(self.backend):
             return
         unique = {_key(f): (name, f) for one in graphs for name, f in functions(one.graph).items()}
         for done, (name, function) in enumerate(unique.values()):

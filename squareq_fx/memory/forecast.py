@@ -73,7 +73,7 @@ def forecast(module: CompiledModule, inputs: Mapping[str, Any] | Sequence[Any], 
     """What a call will hold on the device at its peak. Nothing is computed and nothing allocated there.
 
     The graph's operations are run on tensors without values, in the order and with the lifetimes of `backend="eager"`. With
-    "inductor" values that are fused are never stored, so it holds less, as a rule; "cudagraph" keeps the memory of each
+    "inductor" values that are fused are never stored, so it holds less, as a rule; what records keeps the memory of each
     recording besides: a third more for a streamed LoRA step of Flux.1-dev at 1024x1024 (4.26 GiB instead of 3.17 on an H200,
     benchmarks/results/training-w8a8.md). What cuBLAS and cuDNN take for themselves is not known here, nor what the allocator
     cannot reuse.

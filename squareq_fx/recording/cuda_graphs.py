@@ -71,11 +71,11 @@ class Recorder(Protocol):
         """What the pool takes of the device; None if that is not known."""
 
 
-def check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str, backend: str = "cudagraph") -> None:
     """Raises SquareQError unless it is a device that can record graphs; to be asked before a long compilation."""
     if torch.device(device).type != "cuda":
         raise SquareQError(
-            f'backend="cudagraph" records graphs of a CUDA device and cannot run on {device}. Compile with '
+            f'backend="{backend}" records graphs of a CUDA device and cannot run on {device}. Compile with '
             'backend="inductor" or backend="eager", or with device="cuda".'
         )
 
