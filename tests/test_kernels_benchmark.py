@@ -132,7 +132,7 @@ if INTERPRETED:
 
         def timed(arms: dict[Any, list[Any]], **options: object) -> dict[Any, float]:
             for tile, calls in arms.items():
-                assert calls[0]().shape == (16, 40)
+                assert calls[0]().shape == (8, 40)
                 seen.append(tile)
             return {tile: float(len(arms) - i) for i, tile in enumerate(arms)}
 

@@ -126,6 +126,10 @@ def test_the_fused_product(dtype: str, target: int) -> None:
     assert ("wgmma.mma_async" in text) == (target == HOPPER and dtype != "fp32")
     assert ("mma.sync" in text) == (target == AMPERE)
     assert "atom" not in text and "atom" in fused(dtype, split, target, even=False).asm["ptx"]
+    fewest = tiles.candidates("int8_linear", 8, 3072, 3072, NAMES[dtype], device)
+    assert dtype == "fp32" or all(tile[0] == 8 for tile in fewest)
+    for tile in fewest:  # half a tile of x is not too little for the matrix units
+        assert dtype == "fp32" or (isinstance(tile, FusedTile) and "mma" in fused(dtype, tile, target).asm["ptx"])
 
 
 def test_the_int8_product_for_hopper() -> None:

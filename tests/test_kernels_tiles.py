@@ -43,12 +43,12 @@ def test_buckets_of_rows_are_monotone_and_close(a: int, b: int) -> None:
     for rows in (a, b):
         bucket = row_bucket(rows)
         assert rows <= bucket == row_bucket(bucket)
-        assert bucket == 16 if rows <= 16 else 8 * (bucket - rows) < rows
+        assert bucket == (8 if rows <= 8 else 16) if rows <= 16 else 8 * (bucket - rows) < rows
 
 
 def test_the_rows_of_models_are_their_own_buckets() -> None:
-    assert [row_bucket(rows) for rows in (1, 16, 17, 32, 77, 154, 2048, 4096, 4608, 8192, 16384)] == [
-        16, 16, 18, 32, 80, 160, 2048, 4096, 4608, 8192, 16384,
+    assert [row_bucket(rows) for rows in (1, 8, 9, 16, 17, 32, 77, 154, 2048, 4096, 4608, 8192, 16384)] == [
+        8, 8, 16, 16, 18, 32, 80, 160, 2048, 4096, 4608, 8192, 16384,
     ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_every_shape_has_a_few_tiles_that_fit(
     assert len({tile[:7] for tile in found}) <= 7, "the order of the tiles costs no compilation"
     assert all(isinstance(tile, TYPES[kernel]) for tile in found)
     for tile in found:
-        assert min(tile.m, tile.n, tile.k) >= 16 and all(side & (side - 1) == 0 for side in tile[:3])
+        assert tile.m >= 8 and min(tile.n, tile.k) >= 16 and all(side & (side - 1) == 0 for side in tile[:3])
         assert tile.m <= 2 * max(16, rows), "most of the tile would be empty"
         wide = dtype.itemsize if kernel == "int8_linear" else 1
         assert tile.stages * tile.k * (tile.m * wide + tile.n) <= card[1] * 1024
@@ -144,7 +144,7 @@ if INTERPRETED:
         run = trial(kernel, 3, 40, 70, dtype, torch.device("cpu"))
         tile = FusedTile(16, 16, 32, 4, 1, 2) if kernel == "int8_linear" else MatmulTile(16, 16, 32, 4, 1, 1, Tail.DEPTH)
         y = run(tile)
-        assert y.shape == (16, 40) and y.dtype == dtype and run.is_right(y)
+        assert y.shape == (8, 40) and y.dtype == dtype and run.is_right(y)
         for wrong in (torch.zeros_like(y), y.roll(1, 0), torch.where(torch.arange(40) < 8, y.roll(1, 1), y), y * float("nan")):
             assert not run.is_right(wrong)
         if kernel == "int8_matmul":
@@ -191,7 +191,7 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     tile = int8_linear.tile_for("int8_linear", 64, 96, 256, torch.bfloat16, x.device)
-    for rows in (3, 33, 64):
+    for rows in (3, 12, 33, 64):
         run(rows)
     before = known()
     for rows in (*range(3, 17), *range(49, 65)):
@@ -212,7 +212,7 @@ def test_every_tile_is_accurate_and_repeatable_at_a_model_s_size(dtype: torch.dt
     exact = x.double() @ reference.dequantize(q, scale, zero, 3072).double().t()
     torchs = torch.nn.functional.linear(x, reference.dequantize(q, scale, zero, 3072, dtype))
     allowed = 2 * (torchs.double() - exact).norm() / exact.norm() + 1e-6
-    for rows in (16, 32, 64, 128):
+    for rows in (8, 16, 32, 64, 128):
         for tile in candidates("int8_linear", rows, 3072, 3072, dtype, x.device):
             for few in (rows, 512):  # the few rows the tile is for, which may be split, and many
                 assert isinstance(tile, FusedTile)

@@ -189,7 +189,7 @@ def test_times_of_layers_are_measured_once() -> None:
     found = layer_times(layers, CPU, table, progress=False)
     assert set(found) == set(layers) and all(a > 0 and b > 0 for a, b in found.values())
     entries = json.loads(table.path.read_text())["entries"]
-    kept = ("float32 20x24x40", "bfloat16 16x8x16")
+    kept = ("float32 20x24x40", "bfloat16 8x8x16")
     assert set(entries) == {f"layer.{mode} {sizes}" for mode in ("w8a16", "w8a8") for sizes in kept}
     again = layer_times(layers, CPU, Table.of(CPU), progress=False)
     assert again == found, "the very numbers of the file"
