@@ -65,6 +65,7 @@ class AdapterBank:
         self._attach, self._detach = attach, detach
         self._adapters: dict[str, dict[str, _Masters]] = {}
         self._packed: tuple[object, list[torch.Tensor]] | None = None
+        self._branches: tuple[object, list[Branch]] | None = None  # keeps its parameters, so that their ids stay theirs
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ class AdapterBank:
                 self._detach(f"{layer}.lora_A.{name}")
                 self._detach(f"{layer}.lora_B.{name}")
             self.weights.pop(name, None)
-        self._packed = None
+        self._packed = self._branches = None
 
     def activate(self, names: Sequence[str], weights: Sequence[float | None] | None) -> None:
         """Which adapters count, each with a factor on its branch; only their parameters train."""
@@ -179,8 +180,15 @@ class AdapterBank:
         Args:
             values: to compute with instead of the masters, by the names `parameters` gives.
         """
-        values = values if values is not None else self.parameters()
-        return [Branch(slot, tuple(self._parts(slot.layer, values))) for slot in self.slots.values()]
+        if values is not None:
+            return [Branch(slot, tuple(self._parts(slot.layer, values))) for slot in self.slots.values()]
+        # A step of SDXL asks for five hundred of them, nearly always the ones of the step before.
+        masters = [m for name in self.active for m in self._adapters[name].values()]
+        parameters = [owner._parameters["weight"] for m in masters for owner in (m.down_owner, m.up_owner)]
+        state = (tuple(self.weights.items()), self.enabled, [(id(p), p.shape) for p in parameters if p is not None])
+        if self._branches is None or self._branches[0] != state:
+            self._branches = state, self.branches(self.parameters())
+        return self._branches[1]
 
     def part_names(self) -> list[tuple[str, str]]:
         """The names of A and B of every part of every branch, in order."""

@@ -179,6 +179,8 @@ def memory_like(x: torch.Tensor) -> torch.Tensor:
 
     The strides are x's too, and sizes of stride 0 take memory once; but where elements overlap otherwise it is contiguous.
     """
+    if x.is_contiguous():  # nearly always; what follows takes some microseconds, and a step may have a thousand tensors
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if _overlaps(x):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.empty_strided(_once(x), x.stride(), dtype=x.dtype, device=x.device).expand(x.shape)
@@ -188,8 +190,12 @@ def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
     """Fills each of `targets`, which `memory_like` made for the source, by a few kernels."""
     pairs = [(t, s) for t, s in zip(targets, sources) if s.numel()]
     if pairs:
-        pairs = [(_signed(_dense(t)), _signed(_dense(s) if _is_expanded(t) else s)) for t, s in pairs]
-        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+        pairs = [pair if pair[0].is_contiguous() else _written_once(*pair) for pair in pairs]
+        torch._foreach_copy_([_signed(t) for t, _ in pairs], [_signed(s) for _, s in pairs])
+
+
+def _written_once(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _dense(target), _dense(source) if _is_expanded(target) else source
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
