@@ -167,13 +167,15 @@ def _example(
         return arguments, signature, None
     known, symbols = flatten_call(family.kwargs), _flatten_dims(family.dims)
     given = {p: t for p, t in flatten_call(arguments).items() if isinstance(t, torch.Tensor)}
-    if not all(p in known and isinstance(known[p], torch.Tensor) and known[p].dim() == t.dim() for p, t in given.items()):
+    if not all(p in known and isinstance(known[p], torch.Tensor) and t.dim() in (0, known[p].dim()) for p, t in given.items()):
         return arguments, signature, None
-    # The family knows which sizes vary: trace at its sizes, which are distinct and never 1, with the dtypes given.
-    sizes = {p: _family_size(known[p], symbols[p], t) for p, t in given.items()}
+    # The family knows which sizes vary: trace at its sizes, which are distinct and never 1, with the dtypes given. One timestep
+    # for all samples has no size.
+    symbols = {p: symbols[p] if t.dim() else () for p, t in given.items()}
+    sizes = {p: _family_size(known[p], symbols[p], t) if t.dim() else () for p, t in given.items()}
     fresh = iter([torch.empty(sizes[p], dtype=t.dtype, device="meta") for p, t in given.items()])
     arguments = pytree.tree_map_only(torch.Tensor, lambda _: next(fresh), arguments)
-    return arguments, signature, {p: symbols[p] for p in given}
+    return arguments, signature, symbols
 
 
 def _has_type_of(model: nn.Module, call: Any) -> bool:

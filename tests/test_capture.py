@@ -136,6 +136,16 @@ def test_the_slabs_record_is_the_second_choice_and_the_argument_the_first() -> N
     assert dict(program(recorded).call.literals) == {} and dict(program(given_too).call.literals) == {"factor": 3.0}
 
 
+def test_one_timestep_for_all_samples_leaves_the_other_sizes_to_the_family() -> None:
+    """A UNet halves its sample at each level; without the family's "2*height" its sizes are nested floor divisions, and from
+    three levels on a backward finds one size in two spellings."""
+    model, call = backbone("sdxl"), calls("sdxl", 2)
+    own = vals(squareq_fx.capture(model, example_inputs={**call, "timestep": torch.tensor([0.5, 0.5])}))
+    one = vals(squareq_fx.capture(model, example_inputs={**call, "timestep": torch.tensor(0.5)}))
+    assert own.pop("timestep") == "f32[s69]" and one.pop("timestep") == "f32[]"
+    assert one == own and one["sample"] == "f32[s69, 4, 2*s39, 2*s79]"
+
+
 def test_the_family_is_the_third_choice() -> None:
     model = backbone("dit")
     assert set(vals(squareq_fx.capture(model))) == {"hidden_states", "timestep", "class_labels"}
