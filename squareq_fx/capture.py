@@ -28,6 +28,7 @@ from squareq_fx.slab.reader import Slab
 from squareq_fx.stored.identity import NoIdentityError, identity
 from squareq_fx.tracing.explicit import explicit, relocate, tied_names
 from squareq_fx.tracing.export import Skeleton, on_meta
+from squareq_fx.tracing.multiples import wanted_multiples
 
 __all__ = ["capture"]
 
@@ -70,7 +71,14 @@ def capture(
     start = time.perf_counter()
     stored = slab.block_paths if slab is not None and block_pattern is None else ()
     blocks = tuple(stored) or block_paths(model, block_pattern)
-    gm, traced = _traced(model, rebuild_call(signature, arguments), dims, blocks, tensors, paths)
+    build = rebuild_call(signature, arguments)
+    gm, traced = _traced(model, build, dims, blocks, tensors, paths)
+    again = wanted_multiples(gm) if dims is None else None
+    if again is not None:
+        try:
+            gm, traced = _traced(model, build, again[0], blocks, again[1], paths)
+        except CaptureError as error:
+            _LOG.info("the sizes of %s stay as the first trace has them: %s", type(model).__name__, error)
     guards = tuple(dict.fromkeys((*(guard.expr for guard in fake_mode(gm).shape_env.guards), *traced.branches)))
     relocate(gm, target)
     literals = {p: v for p, v in flatten_call(arguments).items() if not isinstance(v, torch.Tensor) and p != "return_dict"}
