@@ -2,7 +2,7 @@
 
 A UNet asks whether its sample can be halved at every level. In a trace with any size `s` the levels are then nested floor
 divisions, and one size comes in two spellings, `(s - 1)//2 + 1` on the way down and `2*((s - 1)//4) + 2` on the way up, which
-only the condition makes equal. With `4*n` for `s` both are `2*n`. Of many of diffusers' models they are known (`families`).
+only the condition makes equal. With `4*n` for `s` both are `2*n`. For many of diffusers' models it is known (`families`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from squareq_fx.ir import fake_mode, info
 
 __all__ = ["wanted_multiples"]
 
+_TRIED = 128
+"""Sizes that are tried, from 1 on."""
 Dims = dict[str, tuple[str | None, ...]]
 
 
@@ -30,8 +32,8 @@ def wanted_multiples(gm: fx.GraphModule) -> tuple[Dims, list[torch.Tensor]] | No
         ("4*s2"); and tensors of the first trace's sizes, on `meta`, in the same order.
     """
     conditions = [guard.expr for guard in fake_mode(gm).shape_env.guards]
-    factors = _factors(conditions)
     equal = [c for c in conditions if isinstance(c, sympy.Eq) and c.has(FloorDiv)]
+    factors = _implied(equal) | _asked(conditions)
     if not any(c.free_symbols & set(factors) for c in equal):
         return None
     dims: Dims = {}
@@ -56,8 +58,8 @@ def _expression(size: int | torch.SymInt) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) and not size.node.expr.is_number else None
 
 
-def _factors(conditions: list[Any]) -> dict[Any, int]:
-    """What each size must be a multiple of."""
+def _asked(conditions: list[Any]) -> dict[Any, int]:
+    """What each size must be a multiple of, as the forward asks."""
     found: dict[Any, int] = {}
     for condition in conditions:
         if isinstance(condition, sympy.Eq) and condition.rhs == 0 and isinstance(condition.lhs, Mod):
@@ -65,6 +67,32 @@ def _factors(conditions: list[Any]) -> dict[Any, int]:
             if size.is_Symbol and factor.is_Integer:
                 found[size] = math.lcm(found.get(size, 1), int(factor))
     return found
+
+
+def _implied(equal: list[Any]) -> dict[Any, int]:
+    """The same where the forward does not ask but joins what it has halved with what it has not: found by trying sizes."""
+    found = {}
+    for size in {symbol for condition in equal for symbol in condition.free_symbols}:
+        own = [c for c in equal if c.free_symbols == {size}]
+        if not any(_is_halved(c.lhs) and _is_halved(c.rhs) for c in own):
+            continue
+        good = [n for n in range(1, _TRIED + 1) if all(_holds(c, size, n) for c in own)]
+        factor = math.gcd(*good)
+        if factor > 1 and good == list(range(good[0], _TRIED + 1, factor)):
+            found[size] = factor
+    return found
+
+
+def _is_halved(size: Any) -> bool:
+    """Whether it is what a strided convolution leaves of another, `(s - 1)//2 + 1`."""
+    return any(division.args[0].is_Add for division in size.atoms(FloorDiv))
+
+
+def _holds(condition: Any, size: Any, value: int) -> bool:
+    try:
+        return bool(condition.subs(size, value) == sympy.true)
+    except ZeroDivisionError:  # it divides by something that is 0 for this size
+        return False
 
 
 def _dim(size: Any, factors: dict[Any, int]) -> str | None:
