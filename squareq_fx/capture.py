@@ -28,7 +28,6 @@ from squareq_fx.slab.reader import Slab
 from squareq_fx.stored.identity import NoIdentityError, identity
 from squareq_fx.tracing.explicit import explicit, relocate, tied_names
 from squareq_fx.tracing.export import Skeleton, on_meta
-from squareq_fx.tracing.multiples import wanted_multiples
 
 __all__ = ["capture"]
 
@@ -71,6 +70,8 @@ def capture(
     start = time.perf_counter()
     stored = slab.block_paths if slab is not None and block_pattern is None else ()
     blocks = tuple(stored) or block_paths(model, block_pattern)
+    from squareq_fx.tracing.multiples import wanted_multiples  # late: loads sympy, as tracing does
+
     build = rebuild_call(signature, arguments)
     gm, traced = _traced(model, build, dims, blocks, tensors, paths)
     again = wanted_multiples(gm) if dims is None else None
