@@ -61,6 +61,8 @@ def capture(
     Raises:
         CaptureError: no example inputs are known, or `torch.export` cannot trace the model (with its reason).
     """
+    from squareq_fx.tracing.multiples import wanted_multiples  # here: it loads sympy, which importing this package must not
+
     target = _device(model, device)
     arguments, signature, dims = _example(model, example_inputs, slab)
     paths = [p for p, leaf in flatten_call(arguments).items() if isinstance(leaf, torch.Tensor)]
@@ -70,8 +72,6 @@ def capture(
     start = time.perf_counter()
     stored = slab.block_paths if slab is not None and block_pattern is None else ()
     blocks = tuple(stored) or block_paths(model, block_pattern)
-    from squareq_fx.tracing.multiples import wanted_multiples  # late: loads sympy, as tracing does
-
     build = rebuild_call(signature, arguments)
     gm, traced = _traced(model, build, dims, blocks, tensors, paths)
     again = wanted_multiples(gm) if dims is None else None

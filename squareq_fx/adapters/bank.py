@@ -65,7 +65,7 @@ class AdapterBank:
         self._attach, self._detach = attach, detach
         self._adapters: dict[str, dict[str, _Masters]] = {}
         self._packed: tuple[object, list[torch.Tensor]] | None = None
-        self._branches: tuple[object, list[Branch]] | None = None  # keeps its parameters, so that their ids stay theirs
+        self._branches: tuple[object, list[nn.Parameter], list[Branch]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -184,11 +184,11 @@ class AdapterBank:
             return [Branch(slot, tuple(self._parts(slot.layer, values))) for slot in self.slots.values()]
         # A step of SDXL asks for five hundred of them, nearly always the ones of the step before.
         masters = [m for name in self.active for m in self._adapters[name].values()]
-        parameters = [owner._parameters["weight"] for m in masters for owner in (m.down_owner, m.up_owner)]
-        state = (tuple(self.weights.items()), self.enabled, [(id(p), p.shape) for p in parameters if p is not None])
-        if self._branches is None or self._branches[0] != state:
-            self._branches = state, self.branches(self.parameters())
-        return self._branches[1]
+        parameters = [parameter for m in masters for parameter in (m.down, m.up)]
+        state = (tuple(self.weights.items()), self.enabled, [(id(p), p.shape) for p in parameters])
+        if self._branches is None or self._branches[0] != state:  # the ids are those of tensors that are kept, so nobody else's
+            self._branches = state, parameters, self.branches(self.parameters())
+        return self._branches[2]
 
     def part_names(self) -> list[tuple[str, str]]:
         """The names of A and B of every part of every branch, in order."""

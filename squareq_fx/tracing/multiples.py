@@ -78,7 +78,7 @@ def _implied(equal: list[Any]) -> dict[Any, int]:
             continue
         good = [n for n in range(1, _TRIED + 1) if all(_holds(c, size, n) for c in own)]
         factor = math.gcd(*good)
-        if factor > 1 and good == list(range(good[0], _TRIED + 1, factor)):
+        if 1 < factor <= _TRIED // 4 and good == list(range(good[0], _TRIED + 1, factor)):  # four tell a multiple from a size
             found[size] = factor
     return found
 
