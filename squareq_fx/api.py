@@ -87,7 +87,8 @@ def compile(
         backend: how the blocks run. "eager": operation by operation. "inductor": each unique function of the graph compiled by
             TorchInductor, here and once for all sizes; a second process finds the programs in Inductor's cache. "cudagraph":
             the same, and what a whole forward or backward launches is recorded and replayed. "eager+cudagraph": "eager",
-            recorded; there is nothing to compile, and the bits are those of "eager".
+            recorded; there is nothing to compile, and the bits are those of "eager". While Inductor works the weights go to
+            the device; otherwise the first call brings them.
         slots, distance, budget: of the `schedule` pass: segments the arena holds, loads started ahead, most bytes.
         block_pattern: which modules are blocks (`block_paths`); default: the slab's record.
         observe: called after each stage.
@@ -176,8 +177,10 @@ def _chosen(compute: Any) -> Compute | Mapping[str, Compute] | Decisions:
 @contextlib.contextmanager
 def _status(name: str, progress: bool) -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what is going on; silent if that is not a terminal."""
+    if not progress:
+        yield lambda text: None
+        return
     from rich.console import Console
 
-    console = Console(stderr=True, quiet=not progress)
-    with console.status(f"compiling {name}") as status:
+    with Console(stderr=True).status(f"compiling {name}") as status:
         yield lambda text: status.update(f"compiling {name}: {text}")

@@ -16,7 +16,7 @@ from squareq_fx.compiled import CompiledModule, Held
 from squareq_fx.errors import SquareQError
 from squareq_fx.gradients.halves import forward_only
 from squareq_fx.ir import Level, adapter_inputs, clone, identifier, info, program
-from squareq_fx.lowering.backends import Backend, Lowering
+from squareq_fx.lowering.backends import Backend, Lowering, compiles
 from squareq_fx.runtime import Runtime, WeightStore
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab.reader import Slab
@@ -99,7 +99,14 @@ def emit(
         state["training_step"] = Training(whole, compiled._run, resident, lowering)
     compiled.eval()
     compiled.recompile()
-    lowering.prepare(compiled.lowered(), show)
+    runtime = state["runtime"]
+    if runtime is not None and compiles(backend):
+        runtime.start_ahead()  # the weights' way to the device takes as long as programs from Inductor's cache
+    try:
+        lowering.prepare(compiled.lowered(), show)
+    except BaseException:
+        compiled.shutdown()
+        raise
     return compiled
 
 

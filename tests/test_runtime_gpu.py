@@ -33,15 +33,38 @@ def last(runtime: Runtime) -> StepReport:
 @pytest.mark.parametrize("arena", [True, False])
 @pytest.mark.parametrize("distance", [0, 1, 2])
 @pytest.mark.parametrize("backing", BACKINGS)
-def test_every_load_has_its_own_bytes(backing: str, distance: int, arena: bool) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_load_has_its_own_bytes(ahead: bool, backing: str, distance: int, arena: bool) -> None:
     store, truth = make_store(SIZES, backing)
     acts, arena_bytes = ring_schedule(list(truth) * 3, 100_096 if arena else None, distance)
     runtime = Runtime(store, device="cuda", arena_bytes=arena_bytes, chunk_bytes=30_000, staging_slots=2)
+    if ahead:
+        runtime.start_ahead()
     copies: list[tuple[str, torch.Tensor]] = []
     for _ in range(4):
         run_step(runtime, acts, lambda block, weights: copies.append((block, weights.clone())))
     assert runtime.device.type == "cuda" and runtime.device.index is not None
     assert all(read(copy) == truth[block] for block, copy in copies)
+    runtime.shutdown()
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_a_start_ahead_holds_up_no_kernel_and_its_bytes_are_there_when_they_are_read(backing: str) -> None:
+    store, truth = big_store(backing, blocks=16)
+    mine = torch.cuda.Stream()
+    acts, arena_bytes = ring_schedule(list(store.segments), BIG, 1)
+    with torch.cuda.stream(mine):
+        torch.cuda._sleep(LONG)
+        runtime = Runtime(store, device="cuda", arena_bytes=arena_bytes)
+        runtime.start_ahead()
+        began = torch.cuda.Event()
+        began.record()
+        copies: list[torch.Tensor] = []
+        run_step(runtime, acts, lambda block, weights: copies.append(weights.clone()))
+    assert not began.query(), "the start waited for the kernel before it"
+    mine.synchronize()
+    assert [int(copy[0]) for copy in copies] == [int(t[0]) for t in truth]
+    assert all(bool((copy == copy[0]).all()) for copy in copies)
     runtime.shutdown()
 
 

@@ -31,7 +31,7 @@ class Engine(Protocol):
     can_pin: bool
 
     def enter_thread(self) -> None:
-        """To be called by a thread other than the one that made the engine before it uses it."""
+        """To be called by a thread other than the one that made the engine before it uses it; its current stream is its own."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] on the device that either stream may write at once; lives as long as the engine."""
@@ -129,23 +129,26 @@ class CpuEngine:
 
 
 class CudaEngine:
-    """One CUDA device. Made lazily: the first step is what starts CUDA."""
+    """One CUDA device. Made lazily: the first step, or a start ahead of it, is what starts CUDA."""
 
     can_pin = True
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
+        self._stream = torch.cuda.current_stream(self.device)
         self._copy_stream = torch.cuda.Stream(self.device)
         self._host_stream = torch.cuda.Stream(self.device)  # the bus works both ways at once
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream(self.device))  # what waits here does not hold up the stream that computes
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        # The allocator may hand out bytes that kernels still queued on the current stream are using.
-        self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):  # to which the memory goes back
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        # The allocator may hand out bytes that kernels still queued on that stream are using.
+        self._copy_stream.wait_stream(self._stream)
         return memory
 
     def allocate_for_copy(self, nbytes: int) -> torch.Tensor:

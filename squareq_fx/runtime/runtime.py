@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from squareq_fx.errors import RuntimeStateError
+from squareq_fx.runtime.ahead import StartedAhead
 from squareq_fx.runtime.device import Device, start_device
 from squareq_fx.runtime.engines import Engine, Mark, engine_for
 from squareq_fx.runtime.leases import Lease, Leases, describe
@@ -52,11 +53,11 @@ def _out_of_autograds_sight(function: Callable[P, R]) -> Callable[P, R]:
 class Runtime:
     """Brings weights to one device and takes them away again, at the moments and places the graph names.
 
-    Nothing happens on the device before the first step. One step at a time; within it one thread at a time.
+    Nothing happens on the device before the first step or `start_ahead`. One step at a time; within it one thread at a time.
 
     Args:
         store: the segments. Stores and their host memory may be shared between runtimes.
-        device: where to; "cuda" without an index is the device that is current at the first step.
+        device: where to; "cuda" without an index is the device that is current then.
         arena_bytes: size of the one device buffer that loads with an offset go to.
         poison: overwrite evicted bytes with 0xAB, so that a use after evict shows. For tests.
         history: how many step reports to keep.
@@ -82,14 +83,12 @@ class Runtime:
         self.history: deque[StepReport] = deque(maxlen=history)
         self._wanted_device = torch.device(device)
         self._poison = poison
+        self._make_engine = functools.partial(make_engine, self._wanted_device)
         self._start = functools.partial(
-            start_device,
-            store,
-            functools.partial(make_engine, self._wanted_device),
-            arena_bytes=arena_bytes,
-            chunk_bytes=chunk_bytes,
-            staging_slots=staging_slots,
+            start_device, store, arena_bytes=arena_bytes, chunk_bytes=chunk_bytes, staging_slots=staging_slots
         )
+        self._ahead: StartedAhead | None = None
+        self._abandon: weakref.finalize[..., Runtime] | None = None
         self._device: Device | None = None
         self._leases: Leases | None = None
         self._recorder: StepRecorder | None = None
@@ -108,6 +107,19 @@ class Runtime:
     def last_step(self) -> StepReport | None:
         """The last step that ended well."""
         return self.history[-1] if self.history else None
+
+    def start_ahead(self) -> None:
+        """Do now, on a thread, what the first step would do before anything else: allocate, pin, copy what is resident.
+
+        The first step waits for it and raises what went wrong; the step after a failed one tries again. Nothing is done twice.
+
+        Raises:
+            RuntimeStateError: after `shutdown`, or for a device that there is no engine for.
+        """
+        self._refuse_after_shutdown("a start")
+        if self._ahead is None and self._device is None:
+            self._ahead = StartedAhead(self._make_engine(), self._start)
+            self._abandon = weakref.finalize(self, self._ahead.abandon)  # at exit too
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -275,6 +287,9 @@ class Runtime:
     def shutdown(self) -> None:
         """Waits for what is under way and releases device and host memory. Idempotent; also runs at exit."""
         self._closed = True
+        self._ahead = None
+        if self._abandon is not None:
+            self._abandon()
         leases, self._leases = self._leases, None
         if leases is not None:
             leases.forget_all()
@@ -288,7 +303,7 @@ class Runtime:
     def _begin(self) -> None:
         filled = 0
         if self._device is None or self._leases is None:
-            self._device = self._start()
+            self._device = self._started()
             self._leases = Leases(self._device)
             filled = sum(view.numel() for view in self._device.resident.values())
             if self._device.carrier is not None:
@@ -297,6 +312,15 @@ class Runtime:
         self._recorder = StepRecorder(self._steps, start, self._leases.bytes_in_use(), filled)
         self._leases.recorder = self._recorder
         self._steps += 1
+
+    def _started(self) -> Device:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._start(self._make_engine)
+        device = ahead.device()
+        if self._abandon is not None:
+            self._abandon.detach()
+        return device
 
     def _end(self) -> None:
         device, leases, recorder = self._device, self._leases, self._recorder

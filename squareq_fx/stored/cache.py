@@ -10,6 +10,7 @@ by type, and its checksum says that it still is that. The rules of `verify` that
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -58,7 +59,12 @@ def program_key(
     first = next((p.device.type for p in model.parameters()), "cpu")
     where = _device(device, first)
     options = (str(where), block_pattern, until, tuple(passes))
-    return identity((_versions(where), _slab_text(slab), model, example_inputs, options), _stands_for)
+    text = functools.cache(_slab_text)  # the passes hold the slab too
+
+    def stands_for(value: Any) -> str | None:
+        return text(value) if isinstance(value, Slab) else None
+
+    return identity((_versions(where), text(slab), model, example_inputs, options), stands_for)
 
 
 class ProgramCache:
@@ -209,6 +215,3 @@ def _slab_text(slab: Slab) -> str:
     recorded = (sorted(slab.aliases.items()), slab.block_paths, repr(slab.input_signature))
     return repr((slab_id(slab), slab.signature, slab.manifest.to_text(), tensors, recorded))
 
-
-def _stands_for(value: Any) -> Any:
-    return _slab_text(value) if isinstance(value, Slab) else None

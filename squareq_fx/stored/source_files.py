@@ -9,8 +9,9 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 __all__ = ["UnreadableError", "package_identity", "sources"]
 
@@ -84,7 +85,7 @@ def _imports_of(path: str, package: str) -> tuple[str, ...]:
     except (OSError, SyntaxError, ValueError):
         return ()
     names: dict[str, None] = {}
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             names.update(dict.fromkeys(alias.name for alias in node.names))
         elif isinstance(node, ast.ImportFrom):
@@ -93,6 +94,17 @@ def _imports_of(path: str, package: str) -> tuple[str, ...]:
             base = ".".join([*parts, *([node.module] if node.module else [])])
             names.update(dict.fromkeys([base, *(f"{base}.{alias.name}" for alias in node.names)]))
     return tuple(names)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Every statement; an import is none of an expression's parts, which are nine tenths of a tree."""
+    waiting: list[Any] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting += getattr(node, field, ())
+        if isinstance(node, ast.stmt):
+            yield node
 
 
 @functools.lru_cache(maxsize=4096)
