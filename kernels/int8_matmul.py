@@ -5,12 +5,14 @@ not fill the card, can be cut along K and summed by whichever program comes last
 split tiles only) without losing the same bits at every run. Or they are cut into halves of their rows, if all run at once.
 
 On Hopper, programs stay and take tile after tile, and the tensor copy engine fetches the operands, so that one tile's first
-bytes arrive while another is finished.
+bytes arrive while another is finished. Large products go to `int8_matmul_hopper` there.
 """
 
 from __future__ import annotations
 
 import functools
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,36 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
+from squareq_fx.kernels.int8_matmul_parts import activated, origin
 from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 from squareq_fx.kernels.tiles import MatmulTile, Tail, halves_fit, tile_for
 
 __all__ = ["Schedule", "int8_matmul", "launch"]
-
-
-@triton.jit
-def _activated(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    if ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
-    return y
-
-
-@triton.jit
-def _origin(tile, M, N, group, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Tiles go by bands of |group| blocks, through a band crosswise: what runs at once shares operands while they are in L2.
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    of_rows = group > 0
-    along = tl.where(of_rows, tiles_m, tiles_n)
-    band = tl.abs(group) * tl.where(of_rows, tiles_n, tiles_m)
-    first = tile // band * tl.abs(group)
-    height = tl.minimum(along - first, tl.abs(group))
-    i = first + tile % band % height
-    j = tile % band // height
-    return tl.where(of_rows, i, j) * BLOCK_M, tl.where(of_rows, j, i) * BLOCK_N
 
 
 @triton.jit
@@ -83,7 +60,7 @@ def _finish(
     y = (acc.to(tl.float32) - total[:, None] * zero[None, :]) * (step[:, None] * scale[None, :])
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows_n)[None, :]
-    y = _activated(y, ACTIVATION)
+    y = activated(y, ACTIVATION)
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if addend_ptr is not None:
         extra = tl.load(addend_ptr + rows_m.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=inside, other=0.0)
@@ -181,7 +158,7 @@ def _int8_matmul(
     pid = tl.program_id(0)
     depth = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(pid, whole, tl.num_programs(0), flatten=True):
-        m0, n0 = _origin(tile, M, N, group, BLOCK_M, BLOCK_N)
+        m0, n0 = origin(tile, M, N, group, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         if DESCRIPTORS:  # written out: only a loop right inside this one is flattened into it
             for i in range(depth):
@@ -200,7 +177,7 @@ def _int8_matmul(
 
     if TAIL == "ROWS" and pid < tail * split:
         HALF: tl.constexpr = BLOCK_M // 2
-        m0, n0 = _origin(whole + pid // 2, M, N, group, BLOCK_M, BLOCK_N)
+        m0, n0 = origin(whole + pid // 2, M, N, group, BLOCK_M, BLOCK_N)
         m0 += pid % 2 * HALF
         acc = _product(
             tl.zeros((HALF, BLOCK_N), dtype=tl.int32), half if DESCRIPTORS else a, b, m0, n0, 0, depth,
@@ -213,7 +190,7 @@ def _int8_matmul(
     if TAIL == "DEPTH" and pid < tail * split:
         tile = whole + pid // split
         piece = pid % split
-        m0, n0 = _origin(tile, M, N, group, BLOCK_M, BLOCK_N)
+        m0, n0 = origin(tile, M, N, group, BLOCK_M, BLOCK_N)
         acc = _product(
             tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), a, b, m0, n0, depth * piece // split, depth * (piece + 1) // split,
             M, N, K, packed_k, stride_xm, stride_qn, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, EVEN_K,
@@ -238,6 +215,8 @@ def _int8_matmul(
 
 _LAUNCH = Launcher(_int8_matmul)
 _INTERPRETER_TILE = MatmulTile(16, 32, 64, 4, 1, 1, Tail.DEPTH)
+_WITHOUT_DESCRIPTORS = MatmulTile(128, 128, 128, 4, 3, 2, Tail.WHOLE)
+"""Instead of a tile that needs the tensor copy engine, for operands it does not take."""
 _INTERPRETER_PROGRAMS = 4
 """The interpreter's card: so few programs at a time that small tests split tiles too."""
 _MIN_DEPTH = 2 if _LAUNCH.interpreted else 8
@@ -293,6 +272,9 @@ def launch(
     if tile is None:
         known = tile_for("int8_matmul", rows, width, in_features, dtype, xq.device) if not _LAUNCH.interpreted else None
         tile = known if isinstance(known, MatmulTile) else _INTERPRETER_TILE
+    described = not _LAUNCH.interpreted and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
+    if tile.fetching and not described:
+        tile = _WITHOUT_DESCRIPTORS
     plan = _schedule(rows, width, in_features, tile, xq.device)
     partial = count = None
     if plan.kind == Tail.DEPTH:
@@ -301,34 +283,47 @@ def launch(
             plan = Schedule(plan.whole + plan.tail, 0, 1, plan.programs, Tail.WHOLE)
         else:
             partial = torch.empty(plan.tail * plan.split * tile.m * tile.n, dtype=torch.int32, device=xq.device)
-    described = not _LAUNCH.interpreted and _has_descriptors(xq.device) and _is_described(x2) and _is_described(qweight)
     a: object = x2
     b: object = qweight
     half: object = None
     if described:
-        a = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m, tile.k])
+        describe = _hopper().described if tile.fetching else _described
+        a = describe(x2, tile.m, tile.k)
         if plan.kind == Tail.ROWS:
-            half = TensorDescriptor(x2, [rows, in_features], [x2.stride(0), 1], [tile.m // 2, tile.k])
-        b = TensorDescriptor(qweight, [width, in_features], [qweight.stride(0), 1], [tile.n, tile.k])
-    _LAUNCH(
-        plan.programs,
-        (
-            a, b, half, sx.contiguous(), scale.contiguous(), zero_point.contiguous(),
-            None if bias is None else bias.contiguous(), extra, y, partial, count,
-        ),
-        (rows, plan.whole, plan.tail, plan.split, tile.group),
-        (
-            width, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0),
-            0 if extra is None else extra.stride(0), width // parts,
-        ),
-        (
-            tile.m, tile.n, tile.k, described, in_features % tile.k == 0,
-            parts == 1 or (width // parts) % tile.n == 0, activation, plan.kind.name,
-        ),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+            half = describe(x2, tile.m // 2, tile.k)
+        b = describe(qweight[:, :in_features], tile.n, tile.k)
+    vectors = sx.contiguous(), scale.contiguous(), zero_point.contiguous(), None if bias is None else bias.contiguous()
+    stride, columns = 0 if extra is None else extra.stride(0), width // parts
+    aligned = parts == 1 or columns % tile.n == 0
+    if tile.fetching:
+        _hopper().LAUNCH(
+            plan.programs,
+            (a, b, half, *vectors, extra, y),
+            (rows, plan.whole, plan.tail, tile.group),
+            (width, in_features, stride, columns),
+            (tile.m, tile.n, tile.k, tile.stages, aligned, activation, plan.kind.name),
+            num_warps=tile.warps,
+        )
+    else:
+        _LAUNCH(
+            plan.programs,
+            (a, b, half, *vectors, extra, y, partial, count),
+            (rows, plan.whole, plan.tail, plan.split, tile.group),
+            (width, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0), stride, columns),
+            (tile.m, tile.n, tile.k, described, in_features % tile.k == 0, aligned, activation, plan.kind.name),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return y.to(dtype)
+
+
+@functools.cache
+def _hopper() -> ModuleType:
+    return import_module("squareq_fx.kernels.int8_matmul_hopper")  # late: cards and Tritons that have no use for it
+
+
+def _described(matrix: torch.Tensor, rows: int, depth: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, depth])
 
 
 def _rows(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Launcher", "cdiv", "stored_dtype"]
 
@@ -34,7 +33,7 @@ class Launcher:
     integers that are, constants.
 
     Args:
-        kernel: a function under `triton.jit`, whose `do_not_specialize` names its `free` integers.
+        kernel: a function under `triton.jit` or `gluon.jit`, whose `do_not_specialize` names its `free` integers.
 
     Attributes:
         interpreted: whether it runs in Triton's interpreter: TRITON_INTERPRET decides when the kernel's module is imported.
@@ -65,7 +64,7 @@ class Launcher:
             self._kernel[(programs,)](*arguments, **options)
             return
         first = pointers[0]
-        index = (first.base if type(first) is TensorDescriptor else first).get_device()
+        index = (first if isinstance(first, torch.Tensor) else first.base).get_device()
         if index != torch.cuda.current_device():  # entering a context costs several times the question
             with torch.cuda.device(index):
                 self(programs, pointers, free, sizes, constants, **options)
@@ -101,7 +100,7 @@ def _kind(
     for pointer in pointers:
         if pointer is None:
             kinds.append(None)
-        elif type(pointer) is TensorDescriptor:
+        elif not isinstance(pointer, torch.Tensor):  # a descriptor, Triton's or Gluon's, whose layout follows from its block
             kinds.append((pointer.base.dtype, *pointer.block_shape))
         elif pointer.data_ptr() % 16:
             return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from enum import IntEnum
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -64,6 +66,7 @@ class MatmulTile(NamedTuple):
     programs: how many a multiprocessor holds, each taking tile after tile; 0 for one program a tile, which has no tail.
     group: the order of the tiles, which decides what is in L2 when it is read again. Of a band of so many row blocks all are
         taken for one block of columns, then for the next (Triton's GROUP_SIZE_M); negative: a band of column blocks.
+    fetching: one more warp fetches, and each half of the rows has so many warps of its own (`int8_matmul_hopper`).
     """
 
     m: int
@@ -74,6 +77,7 @@ class MatmulTile(NamedTuple):
     programs: int
     tail: Tail
     group: int = -6
+    fetching: bool = False
 
 
 Key = tuple[str, torch.dtype, int, int, int]
@@ -131,17 +135,26 @@ _FUSED_32BIT: dict[int, tuple[FusedTile, ...]] = {
     128: (FusedTile(64, 64, 32, 4, 3, 1),),
 }
 
-_MATMUL_LARGE = (  # each with every one of _GROUPS
+_MATMUL_LARGE = (  # these and those after them each with every one of _GROUPS
     MatmulTile(128, 128, 128, 4, 3, 2, Tail.WHOLE),
     MatmulTile(128, 128, 128, 4, 3, 2, Tail.ROWS),
     MatmulTile(128, 128, 128, 4, 3, 2, Tail.DEPTH),
     MatmulTile(64, 128, 128, 4, 3, 2, Tail.WHOLE),
+)
+_MATMUL_HOPPER = (
+    MatmulTile(256, 128, 128, 4, 4, 1, Tail.WHOLE, fetching=True),
+    MatmulTile(256, 128, 128, 4, 4, 1, Tail.ROWS, fetching=True),
+)
+_MATMUL_ELSEWHERE = (  # on an H200 5 to 50 % slower than the others, whatever the shape
     MatmulTile(128, 64, 128, 4, 3, 2, Tail.WHOLE),
     MatmulTile(128, 128, 64, 4, 4, 2, Tail.WHOLE),
 )
 _GROUPS = (-6, 2)
 """On an H200 one of these is within 2 % of the best of twenty at every shape of Flux and SDXL: bands of rows where there are
 many of them (16384x3072x3072: by 3 %), of columns elsewhere (4608x12288x3072: by 5 %)."""
+_HOPPER_ROWS = 1024
+"""Rows from which the rule of thumb takes the larger tiles of `int8_matmul_hopper`: on an H200 they are no slower at any shape
+of Flux and SDXL that has 2048 or more, and faster at most; fewer were not measured."""
 _DEEP = 4096
 """Depth from which it may pay to cut tiles along it: leaving and adding up sums costs as much as some steps of a product."""
 _MATMUL_SMALL = (
@@ -180,7 +193,8 @@ def candidates(
         bucket = next((size for size in table if rows <= size), 128)
         return tuple(tile for tile in table[bucket] if _fits(tile, device))
     if kernel == "int8_matmul":
-        tiles = _MATMUL_SMALL if rows <= 64 else [t._replace(group=group) for group in _GROUPS for t in _MATMUL_LARGE]
+        large = (*_MATMUL_LARGE, *(_MATMUL_HOPPER if _has_hopper_kernel(device) else _MATMUL_ELSEWHERE))
+        tiles = _MATMUL_SMALL if rows <= 64 else [t._replace(group=group) for group in _GROUPS for t in large]
         fitting = (t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16))
         return tuple(t for t in fitting if _tail_pays(t, rows, width, depth, device))
     return ()
@@ -220,11 +234,23 @@ def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, d
     full = -(-rows // 128) * -(-width // 128)
     if rows > 64 and full < 0.5 * processors:  # half tiles leave fewer multiprocessors idle
         return next((t for t in tiles if t.m == 64), tiles[0])
+    products = [t for t in tiles if isinstance(t, MatmulTile)]
+    order = _GROUPS[rows > 4 * width]
+    if rows >= _HOPPER_ROWS and -(-rows // 256) * -(-width // 128) >= 0.6 * processors:
+        fetching = [t for t in products if t.fetching and t.group == order]
+        if fetching:
+            return max(fetching, key=lambda t: t.tail == Tail.ROWS)  # a candidate only where all halves run at once
     # Halves at the end cost 4 % at a depth of 640, and bring up to 4 % from 2560 on, 10 % where all tiles are halves.
     tail = Tail.DEPTH if depth >= 8192 and full > 2 * processors else Tail.ROWS if depth >= 2048 else Tail.WHOLE
-    order = _GROUPS[rows > 4 * width]
-    products = [t for t in tiles if isinstance(t, MatmulTile)]
     return min(products, key=lambda t: (t.group != order, t.tail != tail))  # the first of the best
+
+
+@functools.cache
+def _has_hopper_kernel(device: torch.device) -> bool:
+    """Whether `int8_matmul_hopper` runs: Gluon's words change with Triton's versions, so only those count that were tried."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return (3, 6) <= tuple(int(part) for part in version("triton").split(".")[:2]) <= (3, 9)
 
 
 @functools.cache

@@ -39,11 +39,14 @@ def matmul_implementations() -> list[object]:
 
 
 def tiles_to_try(rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> Sequence[MatmulTile]:
-    """All tiles of a shape, and two that cut their last tiles whatever the depth."""
+    """All tiles of a shape, two that cut their last tiles whatever the depth, and those for Hopper whatever the rows."""
     if INTERPRETED:
         return INTERPRETED_TILES
     found = [t for t in tiles.candidates("int8_matmul", rows, width, depth, dtype, device) if isinstance(t, MatmulTile)]
-    return [*found, *(MatmulTile(64, 64, 64, 4, 3, 2, tail) for tail in (Tail.DEPTH, Tail.ROWS))]
+    others = [MatmulTile(64, 64, 64, 4, 3, 2, tail) for tail in (Tail.DEPTH, Tail.ROWS)]
+    if tiles._has_hopper_kernel(device):
+        others += [MatmulTile(256, 128, 128, 4, 4, 1, tail, fetching=True) for tail in (Tail.WHOLE, Tail.ROWS)]
+    return [*found, *others]
 
 
 def _other_tile(xq: torch.Tensor, sx: torch.Tensor, qweight: torch.Tensor, *rest: object) -> torch.Tensor:

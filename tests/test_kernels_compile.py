@@ -46,7 +46,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, object], warps: int, stages: int = 3, target: int = HOPPER
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, object],
+    warps: int,
+    stages: int = 3,
+    target: int = HOPPER,
+    make: Any = ASTSource,
 ) -> Any:
     """What Triton makes of a kernel whose sizes are multiples of 16, as models' are."""
     names = kernel.arg_names
@@ -57,7 +63,7 @@ def compiled(
         for i, name in enumerate(names)
         if name not in NOT_SPECIALISED and signature[name] != "constexpr" and not signature[name].startswith("tensordesc")
     }
-    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    source = make(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     assert made.metadata.shared <= SHARED[target]
@@ -145,6 +151,41 @@ def test_the_int8_product_for_hopper() -> None:
     ].count("wgmma.mma_async")
     pointers = product("fp32", tile._replace(m=64, tail=Tail.WHOLE), HOPPER, descriptors=False, even=False).asm["ptx"]
     assert "wgmma.mma_async" in pointers and "cp.async.bulk.tensor" not in pointers and "atom" not in pointers
+
+
+@pytest.mark.parametrize("tail", (Tail.WHOLE, Tail.ROWS))
+@pytest.mark.parametrize(
+    ("dtype", "activation", "addend", "aligned"),
+    [("bf16", "none", False, True), ("fp16", "gelu_tanh", True, True), ("fp32", "none", False, False)],
+)
+def test_the_int8_product_with_warps_that_fetch(
+    tail: Tail, dtype: str, activation: str, addend: bool, aligned: bool
+) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from squareq_fx.kernels import int8_matmul_hopper
+
+    tile = MatmulTile(256, 128, 128, 4, 4, 1, tail, fetching=True)
+    kernel = int8_matmul_hopper._int8_matmul
+
+    def described(rows: int) -> str:
+        block = [rows, tile.k]
+        return f"tensordesc<i8{block},{gl.NVMMASharedLayout.get_default_for(block, gl.int8)!r}>"
+
+    types = {"a": described(tile.m), "b": described(tile.n), "half": described(tile.m // 2)}
+    types |= {"y_ptr": f"*{dtype}", "addend_ptr": f"*{dtype}"}
+    constants: dict[str, object] = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "STAGES": tile.stages}
+    constants |= {"ALIGNED": aligned, "ACTIVATION": activation, "TAIL": tail.name}
+    constants |= {} if tail == Tail.ROWS else {"half": None}
+    constants |= {} if addend else {"addend_ptr": None}
+    made = compiled(kernel, types, constants, tile.warps, make=GluonASTSource)
+    text = made.asm["ptx"]
+    products = text.count("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8")
+    assert products == 2 * (8 + (4 if tail == Tail.ROWS else 0)), "two groups; steps of 32 of the depth; 64 rows at a time"
+    assert text.count("cp.async.bulk.tensor") == (4 if tail == Tail.ROWS else 2) and "setmaxnreg" in text
+    assert made.metadata.num_warps == 12
 
 
 def test_the_int8_product_for_ampere() -> None:

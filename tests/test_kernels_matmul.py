@@ -199,6 +199,13 @@ if INTERPRETED:
         tile = MatmulTile(16, 16, 32, 4, 1, 1, tail, group)
         assert torch.equal(int8_matmul.int8_matmul(*arguments, tile=tile), cpu.int8_matmul(*arguments))
 
+    def test_a_tile_for_hopper_is_another_where_its_kernel_does_not_run() -> None:
+        from squareq_fx.kernels import int8_matmul
+
+        arguments = MatmulCase((5,), 70, 90, zero_points=True).build("cpu")
+        tile = MatmulTile(256, 128, 128, 4, 4, 1, Tail.ROWS, fetching=True)
+        assert torch.equal(int8_matmul.int8_matmul(*arguments, tile=tile), cpu.int8_matmul(*arguments))
+
     def test_without_counters_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         from squareq_fx.kernels import int8_matmul
 

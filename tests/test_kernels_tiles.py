@@ -14,8 +14,8 @@ from kernel_cases import DTYPES, INTERPRETED, Case, assert_accurate
 from squareq_fx.kernels import dispatch, reference, tiles
 from squareq_fx.kernels.tiles import CHOSEN, FusedTile, MatmulTile, Tail, candidates, key, row_bucket, tile_for
 
-CARDS = {"H200": (132, 227), "A100": (108, 163), "RTX 4090": (128, 99)}
-"""Multiprocessors, and KiB of shared memory that a program may have."""
+CARDS = {"H200": (132, 227), "H200 under another Triton": (132, 227), "A100": (108, 163), "RTX 4090": (128, 99)}
+"""Multiprocessors, and KiB of shared memory that a program may have; the first one has the kernel for Hopper."""
 CARD = torch.device("cuda", 0)
 TYPES = {"int8_linear": FusedTile, "int8_matmul": MatmulTile}
 each_kernel = pytest.mark.parametrize("kernel", TYPES)
@@ -29,6 +29,7 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     properties = SimpleNamespace(multi_processor_count=processors, shared_memory_per_block_optin=kib * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(tiles, "CHOSEN", {})
+    monkeypatch.setattr(tiles, "_has_hopper_kernel", lambda device: request.param == "H200")
     for cached in (tiles._guess, tiles._shared_memory):
         cached.cache_clear()
     yield processors, kib
@@ -111,12 +112,49 @@ def test_a_launch_takes_the_measured_tile_or_a_candidate(
         (4608, 3072, 15360, Tail.DEPTH),
     ],
 )
-@pytest.mark.parametrize("card", ["H200"], indirect=True)
+@pytest.mark.parametrize("card", ["H200 under another Triton"], indirect=True)
 def test_the_last_tiles_are_cut_where_that_is_faster(
     card: tuple[int, int], rows: int, width: int, depth: int, tail: Tail
 ) -> None:
     tile = tile_for("int8_matmul", rows, width, depth, torch.bfloat16, CARD)
     assert isinstance(tile, MatmulTile) and tile[:3] == (128, 128, 128) and tile.tail == tail
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "fetching", "tail"),
+    [
+        (4608, 3072, 3072, True, Tail.ROWS),  # 36 tiles are left over
+        (4608, 3072, 15360, True, Tail.ROWS),
+        (16384, 3072, 3072, True, Tail.WHOLE),  # 84, whose halves would need two turns
+        (8192, 640, 640, True, Tail.ROWS),
+        (2048, 1280, 1280, True, Tail.WHOLE),  # 80 are all there are
+        (1792, 1280, 1280, False, Tail.WHOLE),  # 70 leave half of the card idle
+        (768, 12288, 3072, False, Tail.ROWS),  # was not measured
+    ],
+)
+@pytest.mark.parametrize("card", ["H200"], indirect=True)
+def test_many_rows_have_the_larger_tiles_of_hopper(
+    card: tuple[int, int], rows: int, width: int, depth: int, fetching: bool, tail: Tail
+) -> None:
+    tile = tile_for("int8_matmul", rows, width, depth, torch.bfloat16, CARD)
+    assert isinstance(tile, MatmulTile) and tile.fetching == fetching and tile.tail == tail
+    assert tile.m == (256 if fetching else 128)
+
+
+@pytest.mark.parametrize(
+    ("triton", "major", "there"),
+    [
+        *(("3.6.0", 9, True), ("3.9.1", 9, True), ("3.5.1", 9, False), ("3.10.0", 9, False)),
+        *(("3.6.0", 8, False), ("3.6.0", 10, False)),
+    ],
+)
+def test_the_kernel_for_hopper_is_for_hopper_and_tritons_it_was_tried_with(
+    monkeypatch: pytest.MonkeyPatch, triton: str, major: int, there: bool
+) -> None:
+    monkeypatch.setattr(tiles, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    has = tiles._has_hopper_kernel.__wrapped__
+    assert has(CARD) == there and not has(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("rows", "group"), ((16384, 2), (12288, -6), (4608, -6), (20, -6)))
@@ -180,7 +218,11 @@ def test_the_kernels_take_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_new_number_of_rows_compiles_nothing() -> None:
     from squareq_fx.kernels import int8_linear, int8_matmul, quantize_rows
 
-    kernels = (int8_linear._int8_linear, int8_matmul._int8_matmul, quantize_rows._quantize_rows)
+    kernels = [int8_linear._int8_linear, int8_matmul._int8_matmul, quantize_rows._quantize_rows]
+    if tiles._has_hopper_kernel(torch.device("cuda", torch.cuda.current_device())):
+        from squareq_fx.kernels import int8_matmul_hopper
+
+        kernels.append(int8_matmul_hopper._int8_matmul)
     x, *layer, bias = Case((64,), 256, 96, torch.bfloat16).build("cuda")
 
     def run(rows: int) -> None:
@@ -193,7 +235,18 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
     tile = int8_linear.tile_for("int8_linear", 64, 96, 256, torch.bfloat16, x.device)
     for rows in (3, 12, 33, 64):
         run(rows)
+    found = candidates("int8_matmul", 512, 96, 256, torch.bfloat16, x.device)
+    large = [t for t in found if isinstance(t, MatmulTile) and t.fetching]
+    arguments = dispatch.quantize_rows(x.repeat(10, 1))
+
+    def run_large() -> None:
+        for rows in (257, 300, 511, 640):
+            for large_tile in large:
+                int8_matmul.int8_matmul(*(part[:rows] for part in arguments), *layer, bias, torch.bfloat16, tile=large_tile)
+
+    run_large()
     before = known()
+    run_large()
     for rows in (*range(3, 17), *range(49, 65)):
         if int8_linear.tile_for("int8_linear", rows, 96, 256, torch.bfloat16, x.device) == tile or rows <= 16:
             run(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 
 import pytest
@@ -50,21 +51,23 @@ def test_every_load_has_its_own_bytes(ahead: bool, backing: str, distance: int, 
 
 @pytest.mark.parametrize("backing", BACKINGS)
 def test_a_start_ahead_holds_up_no_kernel_and_its_bytes_are_there_when_they_are_read(backing: str) -> None:
-    store, truth = big_store(backing, blocks=16)
-    mine = torch.cuda.Stream()
-    acts, arena_bytes = ring_schedule(list(store.segments), BIG, 1)
-    with torch.cuda.stream(mine):
-        torch.cuda._sleep(LONG)
-        runtime = Runtime(store, device="cuda", arena_bytes=arena_bytes)
+    reached, going = threading.Event(), threading.Event()
+
+    def verify(name: str) -> None:
+        reached.set()
+        assert going.wait(30), "the kernel never ran"
+
+    store, truth = make_store(SIZES, backing, keep_resident=("b0",), verify=verify)
+    acts, arena_bytes = ring_schedule(list(truth), 100_096, 1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        runtime = Runtime(store, device="cuda", arena_bytes=arena_bytes, chunk_bytes=30_000, staging_slots=2)
         runtime.start_ahead()
-        began = torch.cuda.Event()
-        began.record()
-        copies: list[torch.Tensor] = []
-        run_step(runtime, acts, lambda block, weights: copies.append(weights.clone()))
-    assert not began.query(), "the start waited for the kernel before it"
-    mine.synchronize()
-    assert [int(copy[0]) for copy in copies] == [int(t[0]) for t in truth]
-    assert all(bool((copy == copy[0]).all()) for copy in copies)
+        assert reached.wait(30)
+        assert int(torch.ones(3, device="cuda").sum()) == 3  # while the start is under way
+        going.set()
+        copies: list[tuple[str, torch.Tensor]] = []
+        run_step(runtime, acts, lambda block, weights: copies.append((block, weights.clone())))
+    assert copies and all(read(copy) == truth[block] for block, copy in copies)
     runtime.shutdown()
 
 

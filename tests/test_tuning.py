@@ -96,11 +96,11 @@ def test_writers_at_the_same_time_leave_a_whole_file(tmp_path: Path) -> None:
         "{",
         "[]",
         '{"squareq_tuning": 0, "entries": {}}',
-        '{"squareq_tuning": 4, "entries": {}}',
-        '{"squareq_tuning": 3, "entries": {"k float32 16x1x1": {"microseconds": -1, "tile": null}}}',
-        '{"squareq_tuning": 3, "entries": {"k float32 16x1x1": {"microseconds": 1, "tile": ["a"]}}}',
-        '{"squareq_tuning": 3, "entries": {"k float32": {"microseconds": 1, "tile": null}}}',
-        '{"squareq_tuning": 3, "entries": {"k float32 16x1x1": 3}}',
+        '{"squareq_tuning": 5, "entries": {}}',
+        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": {"microseconds": -1, "tile": null}}}',
+        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": {"microseconds": 1, "tile": ["a"]}}}',
+        '{"squareq_tuning": 4, "entries": {"k float32": {"microseconds": 1, "tile": null}}}',
+        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": 3}}',
     ],
 )
 def test_a_damaged_file_is_warned_of_and_replaced(text: str, tmp_path: Path) -> None:

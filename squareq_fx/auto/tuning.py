@@ -173,7 +173,7 @@ def tune(
                     advance(shape.key)
                 best = min(times, key=lambda tile: times[tile])
                 if times[best] < float("inf"):
-                    table.put(shape, Timing(times[best], tuple(best)))
+                    table.put(shape, Timing(times[best], tuple(map(int, best))))
                     tiles.CHOSEN[_key(shape)] = best
                     done += 1
     finally:
