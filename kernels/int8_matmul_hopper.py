@@ -77,14 +77,14 @@ def _fetches(
 @gluon.jit
 def _product(
     xs, ws, ready, free, depth, slot, phase,
-    FIRST: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
-    acc = gl.zeros([ROWS, BLOCK_N], gl.int32, sums)
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    acc = gl.zeros([ROWS, COLUMNS], gl.int32, sums)
     for i in range(depth):
         mbarrier.wait(ready.index(slot), phase)
-        x = xs.index(slot).slice(FIRST, ROWS)
-        w = ws.index(slot).permute((1, 0))
+        x = xs.index(slot).slice(ROW, ROWS)
+        w = ws.index(slot).slice(COLUMN, COLUMNS).permute((1, 0))
         acc = warpgroup_mma(x, w, acc, use_acc=i > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(free.index(_before(slot, STAGES)), pred=i > 0)  # the product before this one is done with its stage
@@ -181,20 +181,25 @@ def _products(
         m0, n0 = origin(tile, M, N, group, BLOCK_M, BLOCK_N)
         m0 += GROUP * ROWS
         lines = _lines(m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, M, N, ROWS, BLOCK_N)
-        acc, slot, phase = _product(xs, ws, ready, free, depth, slot, phase, GROUP * ROWS, ROWS, BLOCK_N, STAGES)
+        acc, slot, phase = _product(xs, ws, ready, free, depth, slot, phase, GROUP * ROWS, ROWS, 0, BLOCK_N, STAGES)
         _finish(
             acc, lines, shared, 8 * GROUP, m0, n0, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
             ROWS, BLOCK_N, ALIGNED, ACTIVATION,
         )  # fmt: skip
     if TAIL == "ROWS" and pid < 2 * tail:
-        HALF: gl.constexpr = ROWS // 2
+        # The groups part its rows again, or its columns where these are as few as a product of the matrix units takes.
+        HALF: gl.constexpr = max(ROWS // 2, 64)
+        COLUMNS: gl.constexpr = BLOCK_N if HALF < ROWS else BLOCK_N // 2
+        ROW: gl.constexpr = GROUP * HALF if HALF < ROWS else 0
+        COLUMN: gl.constexpr = 0 if HALF < ROWS else GROUP * COLUMNS
         m0, n0 = origin(whole + pid // 2, M, N, group, BLOCK_M, BLOCK_N)
-        m0 += pid % 2 * ROWS + GROUP * HALF
-        lines = _lines(m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, M, N, HALF, BLOCK_N)
-        acc, slot, phase = _product(xs, ws, ready, free, depth, slot, phase, GROUP * HALF, HALF, BLOCK_N, STAGES)
+        m0 += pid % 2 * ROWS + ROW
+        n0 += COLUMN
+        lines = _lines(m0, n0, sx_ptr, scale_ptr, zero_ptr, bias_ptr, M, N, HALF, COLUMNS)
+        acc, slot, phase = _product(xs, ws, ready, free, depth, slot, phase, ROW, HALF, COLUMN, COLUMNS, STAGES)
         _finish(
             acc, lines, shared, 8 * GROUP, m0, n0, bias_ptr, addend_ptr, y_ptr, M, N, stride_am, part_n,
-            HALF, BLOCK_N, ALIGNED, ACTIVATION,
+            HALF, COLUMNS, ALIGNED, ACTIVATION,
         )  # fmt: skip
 
 

@@ -144,6 +144,8 @@ _MATMUL_LARGE = (  # these and those after them each with every one of _GROUPS
 _MATMUL_HOPPER = (
     MatmulTile(256, 128, 128, 4, 4, 1, Tail.WHOLE, fetching=True),
     MatmulTile(256, 128, 128, 4, 4, 1, Tail.ROWS, fetching=True),
+    MatmulTile(128, 128, 128, 4, 6, 1, Tail.WHOLE, fetching=True),
+    MatmulTile(128, 128, 128, 4, 6, 1, Tail.ROWS, fetching=True),
 )
 _MATMUL_ELSEWHERE = (  # on an H200 5 to 50 % slower than the others, whatever the shape
     MatmulTile(128, 64, 128, 4, 3, 2, Tail.WHOLE),
@@ -193,7 +195,9 @@ def candidates(
         bucket = next((size for size in table if rows <= size), 128)
         return tuple(tile for tile in table[bucket] if _fits(tile, device))
     if kernel == "int8_matmul":
-        large = (*_MATMUL_LARGE, *(_MATMUL_HOPPER if _has_hopper_kernel(device) else _MATMUL_ELSEWHERE))
+        large = (*_MATMUL_LARGE, *_MATMUL_ELSEWHERE)
+        if _has_hopper_kernel(device):
+            large = (_MATMUL_LARGE[0], *_MATMUL_HOPPER) if rows >= _HOPPER_ROWS else (*_MATMUL_LARGE, *_MATMUL_HOPPER[:2])
         tiles = _MATMUL_SMALL if rows <= 64 else [t._replace(group=group) for group in _GROUPS for t in large]
         fitting = (t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16))
         return tuple(t for t in fitting if _tail_pays(t, rows, width, depth, device))
@@ -237,7 +241,7 @@ def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, d
     products = [t for t in tiles if isinstance(t, MatmulTile)]
     order = _GROUPS[rows > 4 * width]
     if rows >= _HOPPER_ROWS and -(-rows // 256) * -(-width // 128) >= 0.6 * processors:
-        fetching = [t for t in products if t.fetching and t.group == order]
+        fetching = [t for t in products if t.fetching and t.m == 256 and t.group == order]
         if fetching:
             return max(fetching, key=lambda t: t.tail == Tail.ROWS)  # a candidate only where all halves run at once
     # Halves at the end cost 4 % at a depth of 640, and bring up to 4 % from 2560 on, 10 % where all tiles are halves.

@@ -45,7 +45,7 @@ def tiles_to_try(rows: int, width: int, depth: int, dtype: torch.dtype, device: 
     found = [t for t in tiles.candidates("int8_matmul", rows, width, depth, dtype, device) if isinstance(t, MatmulTile)]
     others = [MatmulTile(64, 64, 64, 4, 3, 2, tail) for tail in (Tail.DEPTH, Tail.ROWS)]
     if tiles._has_hopper_kernel(device):
-        others += [MatmulTile(256, 128, 128, 4, 4, 1, tail, fetching=True) for tail in (Tail.WHOLE, Tail.ROWS)]
+        others += tiles._MATMUL_HOPPER
     return [*found, *others]
 
 

@@ -154,12 +154,13 @@ def test_the_int8_product_for_hopper() -> None:
 
 
 @pytest.mark.parametrize("tail", (Tail.WHOLE, Tail.ROWS))
+@pytest.mark.parametrize("rows", (128, 256))
 @pytest.mark.parametrize(
     ("dtype", "activation", "addend", "aligned"),
     [("bf16", "none", False, True), ("fp16", "gelu_tanh", True, True), ("fp32", "none", False, False)],
 )
 def test_the_int8_product_with_warps_that_fetch(
-    tail: Tail, dtype: str, activation: str, addend: bool, aligned: bool
+    tail: Tail, rows: int, dtype: str, activation: str, addend: bool, aligned: bool
 ) -> None:
     pytest.importorskip("triton.experimental.gluon")
     from triton.experimental.gluon import language as gl
@@ -167,7 +168,7 @@ def test_the_int8_product_with_warps_that_fetch(
 
     from squareq_fx.kernels import int8_matmul_hopper
 
-    tile = MatmulTile(256, 128, 128, 4, 4, 1, tail, fetching=True)
+    tile = next(t for t in tiles._MATMUL_HOPPER if t.m == rows and t.tail == tail)
     kernel = int8_matmul_hopper._int8_matmul
 
     def described(rows: int) -> str:
@@ -182,8 +183,9 @@ def test_the_int8_product_with_warps_that_fetch(
     constants |= {} if addend else {"addend_ptr": None}
     made = compiled(kernel, types, constants, tile.warps, make=GluonASTSource)
     text = made.asm["ptx"]
-    products = text.count("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8")
-    assert products == 2 * (8 + (4 if tail == Tail.ROWS else 0)), "two groups; steps of 32 of the depth; 64 rows at a time"
+    large, small = (text.count(f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8") for n in (128, 64))
+    halves = 8 if tail == Tail.ROWS else 0
+    assert (large, small) == ((16 + halves, 0) if rows == 256 else (8, halves)), "two groups, four steps of 32 of the depth"
     assert text.count("cp.async.bulk.tensor") == (4 if tail == Tail.ROWS else 2) and "setmaxnreg" in text
     assert made.metadata.num_warps == 12
 
