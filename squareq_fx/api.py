@@ -22,6 +22,7 @@ from squareq_fx.ir import Stage
 from squareq_fx.kernels.arguments import COMPUTES
 from squareq_fx.lora import Lora
 from squareq_fx.lowering.backends import Backend, check_backend, compiles
+from squareq_fx.lowering.kept import KeptPrograms
 from squareq_fx.passes import Quantize, Save, default_passes
 from squareq_fx.pipeline import Pass
 from squareq_fx.runtime.store import Backing
@@ -159,6 +160,7 @@ def compile(
             backend=backend,
             show=show,
             value_of=value_of,
+            programs=KeptPrograms.of(cache),
         )
 
 

@@ -17,6 +17,7 @@ from squareq_fx.errors import SquareQError
 from squareq_fx.gradients.halves import forward_only
 from squareq_fx.ir import Level, adapter_inputs, clone, identifier, info, program
 from squareq_fx.lowering.backends import Backend, Lowering, compiles
+from squareq_fx.lowering.kept import KeptPrograms
 from squareq_fx.runtime import Runtime, WeightStore
 from squareq_fx.runtime.store import Backing
 from squareq_fx.slab.reader import Slab
@@ -38,6 +39,7 @@ def emit(
     backend: Backend = "eager",
     show: Callable[[str], None] = lambda text: None,
     value_of: Callable[[Any], int] | None = None,
+    programs: KeptPrograms | None = None,
 ) -> CompiledModule:
     """A runnable module from a graph at any stage.
 
@@ -50,6 +52,7 @@ def emit(
         backend: how the graph's functions run (`Lowering`); all of them are compiled here.
         show: called with the progress of that, as text.
         value_of: the number to tune these for, of each size of the graph (`auto.usual_sizes`); default: as it was captured.
+        programs: where what Inductor makes of the functions is read and kept; default: nowhere but in Inductor's own cache.
 
     Raises:
         SlabError: a weight has no value, or its bytes in the slab are damaged.
@@ -57,7 +60,7 @@ def emit(
     """
     whole, gm = gm, forward_only(gm)
     record = program(gm)
-    lowering = Lowering(backend, record.device, value_of)
+    lowering = Lowering(backend, record.device, value_of, programs)
     if backend != "eager" and record.level < Level.STREAMED:
         raise SquareQError(
             f"backend={backend!r} is for streamed graphs, and this one is {record.level.name.lower()}; go "

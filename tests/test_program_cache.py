@@ -236,7 +236,7 @@ def test_another_slab_counts() -> None:
     "change",
     [
         lambda m: m.setattr(torch, "__version__", "9.9"),
-        lambda m: m.setattr("squareq_fx.stored.cache.package_identity", lambda: "other"),
+        lambda m: m.setattr("squareq_fx.stored.surroundings.package_identity", lambda: "other"),
         lambda m: m.setattr("platform.python_version", lambda: "4.0"),
         lambda m: m.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False),
     ],

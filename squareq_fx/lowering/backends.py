@@ -14,6 +14,7 @@ from torch import fx, nn
 from squareq_fx.errors import SquareQError
 from squareq_fx.ir import functions
 from squareq_fx.lowering.inductor import Compilation, compile_function
+from squareq_fx.lowering.kept import KeptPrograms
 from squareq_fx.lowering.lowered import Lowered, lowered
 from squareq_fx.recording.cuda_graphs import CudaRecorder, check_device
 from squareq_fx.recording.recorded import recorded
@@ -53,6 +54,7 @@ class Lowering:
             "eager+cudagraph" do the same, and record what whole forwards and backwards launch.
         device: where the graphs run.
         value_of: the sizes that programs are tuned for (`inductor.compile_function`).
+        programs: where Inductor's programs are read and kept.
 
     Raises:
         SquareQError: there is no such backend, or it does not run on the device.
@@ -63,9 +65,11 @@ class Lowering:
         backend: Backend = "eager",
         device: torch.device | None = None,
         value_of: Callable[[Any], int] | None = None,
+        programs: KeptPrograms | None = None,
     ) -> None:
         check_backend(backend, device)
         self.backend = backend
+        self._programs = programs
         self._value_of = value_of
         self._recorder = CudaRecorder(device) if _records(backend) and device is not None else None
         self._functions: dict[tuple[Any, ...], nn.Module] = {}
@@ -73,7 +77,7 @@ class Lowering:
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
-        """Every run of the compiler so far: one for each function, unless one had to be compiled for other sizes again."""
+        """Every program so far: one for each function, unless one had to be compiled for other sizes again."""
         return tuple(self._compilations)
 
     def __call__(self, gm: fx.GraphModule) -> Callable[..., Any]:
@@ -100,7 +104,9 @@ class Lowering:
     def _function(self, name: str, function: fx.GraphModule) -> nn.Module:
         key = _key(function)
         if key not in self._functions:
-            self._functions[key] = compile_function(name, function, self._compilations.append, self._value_of)
+            self._functions[key] = compile_function(
+                name, function, self._compilations.append, self._value_of, self._programs
+            )
         return self._functions[key]
 
 

@@ -82,7 +82,7 @@ def _is_opaque(node: fx.Node) -> bool:
 
 def _linear(graph: fx.Graph, node: fx.Node) -> None:
     x, qweight, scale, zero_point, bias = _arguments(node, "x", "qweight", "scale", "zero_point", "bias")
-    weight = _dequantized(graph, qweight, scale, zero_point, x.meta["val"].shape[-1], x.meta["val"].dtype)
+    weight = _dequantized(graph, qweight, scale, zero_point, _width(x), x.meta["val"].dtype)
     _replace(node, _product(graph, x, weight, bias))
 
 
@@ -98,7 +98,7 @@ def _linear_parts(graph: fx.Graph, node: fx.Node) -> None:
         node, "x", "qweight", "scale", "zero_point", "bias", "parts"
     )
     call = graph.call_function
-    weight = _dequantized(graph, qweight, scale, zero_point, x.meta["val"].shape[-1], x.meta["val"].dtype)
+    weight = _dequantized(graph, qweight, scale, zero_point, _width(x), x.meta["val"].dtype)
     height = qweight.meta["val"].shape[0] // parts
     products = []
     for i in range(parts):
@@ -137,12 +137,19 @@ def _dequantized(
 def _has_many_rows(node: fx.Node, value_of: Callable[[Any], int]) -> bool:
     """Whether the rows are more than the fused kernel is for."""
     val = node.args[0].meta["val"]  # type: ignore[union-attr]
-    if _argument(node, "compute", "w8a16") != "w8a16" or not isinstance(val.shape[-1], int):
+    if _argument(node, "compute", "w8a16") != "w8a16" or _width(node.args[0]) is None:
         return False
     rows = 1
     for size in val.shape[:-1]:
         rows *= value_of(size)
     return rows > FUSED_MAX_ROWS[val.dtype]
+
+
+def _width(node: Any) -> int | None:
+    """Elements of a row, if that is one number; a trace may have it as a symbolic size, a graph that was read has not."""
+    size = node.meta["val"].shape[-1]
+    known: int | None = size if isinstance(size, int) else size.node.maybe_as_int()
+    return known
 
 
 def _arguments(node: fx.Node, *names: str) -> list[Any]:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from squareq_fx.errors import SquareQError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, model_source
 from squareq_fx.lowering.decompositions import decompose
+from squareq_fx.lowering.kept import KeptPrograms, program_code_key
 from squareq_fx.lowering.lowered import lowered, unpacker
-from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, sizes_of
+from squareq_fx.lowering.portable import load, portable
+from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, holds, sizes_of
 
 __all__ = ["Compilation", "CompiledFunction", "compile_function"]
 
@@ -41,7 +44,8 @@ class Compilation:
         sizes: the sizes it was tuned for, one number for each independent size of the function's arguments.
         fixed: positions in `sizes` that the program holds for one value of only; others are compiled for when they come.
         condition: what else the program assumes of these sizes (`L['t0']` is the first), as text; empty for nothing.
-        seconds: how long it took; a program found in Inductor's cache takes a tenth or less.
+        seconds: how long it took; a program found in a cache takes a tenth or less.
+        kept: the compiler did not run: the program is one that an earlier compile kept (`lowering.kept`).
     """
 
     function: str
@@ -49,6 +53,7 @@ class Compilation:
     fixed: tuple[int, ...]
     condition: str
     seconds: float
+    kept: bool = False
 
 
 def compile_function(
@@ -56,6 +61,7 @@ def compile_function(
     function: fx.GraphModule,
     note: Callable[[Compilation], None],
     value_of: Callable[[Any], int] | None = None,
+    programs: KeptPrograms | None = None,
 ) -> nn.Module:
     """What runs in place of a function of the graph; the function is unchanged. No weight is kept.
 
@@ -66,11 +72,12 @@ def compile_function(
         note: called after each run of the compiler, also of those during later calls.
         value_of: gives, for a size of the graph, the number to tune for, or KeyError if that is not known; default: what the
             graph was captured with.
+        programs: where programs are read and kept; None: each is compiled.
 
     Raises:
         SquareQError: Inductor refuses the function, naming it and the model's source.
     """
-    return CompiledFunction(name, function, note, value_of) if _computes(function) else lowered(function)
+    return CompiledFunction(name, function, note, value_of, programs) if _computes(function) else lowered(function)
 
 
 class CompiledFunction(nn.Module):
@@ -82,6 +89,7 @@ class CompiledFunction(nn.Module):
         function: fx.GraphModule,
         note: Callable[[Compilation], None],
         value_of: Callable[[Any], int] | None = None,
+        programs: KeptPrograms | None = None,
     ) -> None:
         super().__init__()
 
@@ -96,6 +104,7 @@ class CompiledFunction(nn.Module):
         self._source = function
         self._body, self._gather, self._values = _without_unpacking(function, value)
         self._sizes: Sizes = sizes_of(self._values, value)
+        self._kept = programs
         self._programs: list[_Program] = []
         self._by_sizes: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._single = not isinstance(_output(function).args[0], tuple | list)
@@ -117,17 +126,36 @@ class CompiledFunction(nn.Module):
             if program.holds(sizes):
                 return program.run
         start = time.perf_counter()
+        key, kept = None, None
+        if self._kept is not None:
+            key = program_code_key(self._body, self._values, self._sizes, sizes, _options())
+            kept = self._kept.get(key, partial(load, name=self._name)) if key is not None else None
+        if kept is not None:
+            code, run = kept
+            program = _Program(run, code.fixed, code.condition)
+        else:
+            program = self._made(key, sizes)
+        self._programs.append(program)
+        seconds = time.perf_counter() - start
+        self._note(Compilation(self._name, tuple(sizes), program.fixed, program.condition, seconds, kept is not None))
+        told = (self._name, "compiled" if kept is None else "found", sizes, seconds, program.condition or "anything")
+        _LOG.info("%s %s for sizes %s in %.1f s, if %s", *told)
+        return program.run
+
+    def _made(self, key: str | None, sizes: tuple[int, ...]) -> _Program:
+        """The program for these sizes, from the compiler; kept under a key, if it can be."""
         world = fresh(self._sizes, sizes, self._values)
         try:
-            run = _compiled(self._body, world)
+            artifact = _compiled(self._body, world)
+            fixed, condition = world.fixed(), world.condition()
+            code = portable(artifact, fixed, condition)
+            # In its wrappings the program also holds its serialised form, which Inductor's cache has already.
+            run = load(code, self._name) if code is not None else getattr(artifact, "_compiled_fn", artifact)
         except Exception as error:
             raise self._refused(error) from error
-        fixed, (condition, holds) = world.fixed(), world.condition()
-        self._programs.append(_Program(run, holds))
-        done = Compilation(self._name, tuple(sizes), fixed, condition, time.perf_counter() - start)
-        _LOG.info("%s compiled for sizes %s in %.1f s, if %s", self._name, sizes, done.seconds, condition or "anything")
-        self._note(done)
-        return run
+        if self._kept is not None and key is not None and code is not None:
+            self._kept.put(key, code)
+        return _Program(run, fixed, condition)
 
     def _refused(self, error: Exception) -> SquareQError:
         text = str(error).strip().splitlines()
@@ -158,7 +186,12 @@ def _short(path: str) -> str:
 @dataclass(frozen=True)
 class _Program:
     run: Callable[..., Any]
-    holds: Callable[[Sequence[int]], bool]
+    fixed: tuple[int, ...]
+    condition: str
+
+    @cached_property
+    def holds(self) -> Callable[[Sequence[int]], bool]:
+        return holds(self.condition)
 
 
 def _options() -> dict[str, Any]:
@@ -172,7 +205,8 @@ def _options() -> dict[str, Any]:
     return {"config_patches": settings}
 
 
-def _compiled(body: fx.Graph, world: Fresh) -> Callable[..., Any]:
+def _compiled(body: fx.Graph, world: Fresh) -> Any:
+    """What `standalone_compile` returns."""
     from torch._inductor import standalone_compile
     from torch._inductor.virtualized import V
 
@@ -193,9 +227,7 @@ def _compiled(body: fx.Graph, world: Fresh) -> Callable[..., Any]:
         stack.enter_context(_without_range_warnings())
         stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(world.mode)))
         inputs = [*world.sizes, *world.values]
-        artifact = standalone_compile(gm, inputs, dynamic_shapes="from_tracing_context", options=_options())
-    # The artifact also holds its own serialised form, which Inductor's cache has already.
-    return getattr(artifact, "_compiled_fn", artifact)
+        return standalone_compile(gm, inputs, dynamic_shapes="from_tracing_context", options=_options())
 
 
 @contextlib.contextmanager

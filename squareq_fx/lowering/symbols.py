@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Fresh", "Sizes", "fresh", "hint", "sizes_of"]
+__all__ = ["Fresh", "Sizes", "fresh", "hint", "holds", "sizes_of"]
 
 _NO_HINT = 13
 """Stands for a size that is only known at run time, as in `inference.new_size`."""
@@ -56,8 +56,8 @@ class Fresh:
         env = self.mode.shape_env
         return tuple(i for i, size in enumerate(self.sizes) if env.replace(size.node.expr).is_number)
 
-    def condition(self) -> tuple[str, Callable[[Sequence[int]], bool]]:
-        """What has been assumed of the symbols, other than that they are 2 or more: as text, and whether values satisfy it."""
+    def condition(self) -> str:
+        """What has been assumed of the symbols, other than that they are 2 or more, for `holds`."""
         from torch.utils._sympy.numbers import int_oo
         from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -66,8 +66,17 @@ class Fresh:
             if bounds.lower == _LEAST:
                 env.var_to_range[symbol] = ValueRanges(int_oo * -1, bounds.upper)
         env._update_version_counter()
-        text = env.produce_guards_expression(self.sizes, ignore_static=False)
-        return text or "", (lambda sizes: not text or bool(env.evaluate_guards_expression(text, sizes)))
+        return env.produce_guards_expression(self.sizes, ignore_static=False) or ""
+
+
+def holds(condition: str) -> Callable[[Sequence[int]], bool]:
+    """Whether values of the symbols satisfy a condition."""
+    if not condition:
+        return lambda sizes: True
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env = ShapeEnv()
+    return lambda sizes: bool(env.evaluate_guards_expression(condition, sizes))
 
 
 def hint(size: Any) -> int:

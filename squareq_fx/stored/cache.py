@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,14 +27,12 @@ from squareq_fx.ir import functions, info, program
 from squareq_fx.slab.reader import Slab
 from squareq_fx.specs import spec
 from squareq_fx.stored import DamagedError, UnstorableError, read_program, write_program
+from squareq_fx.stored.folder import LIMIT_BYTES, folder_of, prune
 from squareq_fx.stored.identity import NoIdentityError, identity
-from squareq_fx.stored.source_files import package_identity
+from squareq_fx.stored.surroundings import libraries, versions
 from squareq_fx.verify import check_lint, check_operations, check_residency
 
 __all__ = ["LIMIT_BYTES", "ProgramCache", "program_key"]
-
-LIMIT_BYTES = 1 << 30
-"""All entries together; those not used for longest go first."""
 
 
 def program_key(
@@ -64,7 +60,7 @@ def program_key(
     def stands_for(value: Any) -> str | None:
         return text(value) if isinstance(value, Slab) else None
 
-    return identity((_versions(where), text(slab), model, example_inputs, options), stands_for)
+    return identity((versions(where), libraries(), text(slab), model, example_inputs, options), stands_for)
 
 
 class ProgramCache:
@@ -81,15 +77,9 @@ class ProgramCache:
 
     @classmethod
     def of(cls, cache: bool | str | os.PathLike[str]) -> ProgramCache | None:
-        """True is `programs` below `$SQUAREQ_CACHE_DIR`, by default `~/.cache/squareq_fx`, unless `$SQUAREQ_CACHE` is 0; a path
-        is that folder; False is none.
-        """
-        if not isinstance(cache, bool):
-            return cls(Path(cache))
-        if not cache or os.environ.get("SQUAREQ_CACHE") == "0":
-            return None
-        folder = os.environ.get("SQUAREQ_CACHE_DIR") or Path.home() / ".cache" / "squareq_fx"
-        return cls(Path(folder) / "programs")
+        """The one of `folder_of(cache)`."""
+        folder = folder_of(cache)
+        return None if folder is None else cls(folder)
 
     def get(
         self, key: Callable[[], str], model: nn.Module, make: Callable[[], fx.GraphModule]
@@ -135,29 +125,12 @@ class ProgramCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_whole(earlier, before)
             write_whole(path, last)
-            self._prune(keep=name)
+            prune(self.folder, self._limit, keep=name)
         except (OSError, UnstorableError, DamagedError) as error:
             _warn(f"the compiled graph is not kept: {error}")
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         return self.folder / f"{name}.graph", self.folder / f"{name}.stages"
-
-    def _prune(self, keep: str) -> None:
-        """Remove the entries not used for longest until the rest fits."""
-        entries: dict[str, list[tuple[Path, os.stat_result]]] = {}
-        for path in [*self.folder.glob("*.graph"), *self.folder.glob("*.stages")]:
-            try:
-                entries.setdefault(path.stem, []).append((path, path.stat()))
-            except FileNotFoundError:
-                continue  # another process removed it
-        total = sum(stat.st_size for files in entries.values() for _, stat in files)
-        for name, files in sorted(entries.items(), key=lambda entry: max(stat.st_mtime for _, stat in entry[1])):
-            if total <= self._limit:
-                return
-            if name != keep:
-                total -= sum(stat.st_size for _, stat in files)
-                for path, _ in files:
-                    path.unlink(missing_ok=True)
 
 
 def _warn(text: str) -> None:
@@ -194,19 +167,6 @@ def _device(device: torch.device | str | None, first: str) -> torch.device:
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         found = torch.device("cuda", torch.cuda.current_device())
     return found
-
-
-def _versions(device: torch.device) -> list[Any]:
-    """Everything outside the model and the options that a trace or a pass may depend on."""
-    cuda: list[Any] = []
-    if device.type == "cuda" and torch.cuda.is_available():
-        cuda = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.backends.cudnn.version()]
-    kernels = torch.backends.cuda
-    enabled = [kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()]
-    libraries = [getattr(sys.modules.get(name), "__version__", None) for name in ("diffusers", "transformers")]
-    mine = [package_identity(), platform.python_version(), str(torch.__version__), torch.version.cuda]
-    autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
-    return [*mine, *libraries, *cuda, *enabled, *autocast, torch.get_default_dtype()]
 
 
 def _slab_text(slab: Slab) -> str:

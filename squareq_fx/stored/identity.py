@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,13 @@ from squareq_fx.stored.source_files import UnreadableError, sources
 __all__ = ["NoIdentityError", "identity"]
 
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), range, *_OF_TORCH)
+_SIMPLE = frozenset({bool, int, float, complex, str, bytes, type(None), range, *_OF_TORCH})
+_PLAIN = (str, bytes, int, float)
+_METHODS = (types.BuiltinFunctionType, types.MethodType)
+_OPERATIONS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_SHARED = (torch.Tensor, torch.nn.Module, type)
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple})
+"""Nine of ten values of a model are such, most of them empty."""
 _SKIPPED = {"training", "_use_default_values"}
 """Capture is in eval mode whatever a module says; diffusers lists, in random order, which options keep their default."""
 
@@ -56,7 +63,8 @@ def identity(values: Iterable[Any], known: Callable[[Any], Any] = lambda value: 
 class _Walk:
     def __init__(self, known: Callable[[Any], Any]) -> None:
         self._known = known
-        self._hash = hashlib.sha256()
+        self._said: list[str] = []
+        self._classes: dict[type, int] = {}
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
         self._modules: dict[str, str] = {}
@@ -64,7 +72,7 @@ class _Walk:
     def digest(self) -> str:
         for name in sorted(self._modules):
             self._say("source", name, self._modules[name])
-        return self._hash.hexdigest()[:32]
+        return hashlib.sha256("\n".join(self._said).encode()).hexdigest()[:32]
 
     def add(self, value: Any) -> None:
         stands = self._known(value)
@@ -73,6 +81,9 @@ class _Walk:
             value = stands
         if type(value) in _SIMPLE:
             self._say(type(value).__name__, repr(value))
+        elif type(value) in _CONTAINERS:
+            if not self._seen(value):
+                self._container(value)
         elif isinstance(value, types.ModuleType):
             self._say("module", value.__name__)
         elif isinstance(value, logging.Logger):
@@ -92,35 +103,40 @@ class _Walk:
     def _inside(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self._say("tensor", type(value).__name__, value.dtype, tuple(value.shape), tuple(value.stride()))
-        elif isinstance(value, str | bytes | int | float):
-            plain: Any = next(kind for kind in (str, bytes, int, float) if isinstance(value, kind))
+        elif isinstance(value, _PLAIN):
+            plain: Any = next(kind for kind in _PLAIN if isinstance(value, kind))
             self._class(type(value))
             self._say("plain", repr(plain(value)))
         elif isinstance(value, types.FunctionType):
             self._function(value)
-        elif isinstance(value, types.BuiltinFunctionType | types.MethodType):
+        elif isinstance(value, _METHODS):
             self._say("method", getattr(value, "__module__", ""), value.__qualname__)
             self.add(value.__self__ if not isinstance(value.__self__, types.ModuleType) else None)
             if isinstance(value, types.MethodType):
                 self.add(value.__func__)
         elif isinstance(value, functools.partial):
             self._all("partial", (value.func, value.args, value.keywords))
-        elif isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        elif isinstance(value, _OPERATIONS):
             self._say("operation", str(value))
         elif isinstance(value, set | frozenset):
             if not all(type(v) in _SIMPLE for v in value):
                 raise NoIdentityError(f"a set of other than plain values: {type(value).__qualname__}")
             self._say("set", sorted(map(repr, value)))
-        elif isinstance(value, list | tuple):
-            self._class(type(value))
+        elif isinstance(value, list | tuple | Mapping):
+            self._container(value)
+        else:
+            self._object(value)
+
+    def _container(self, value: Any) -> None:
+        self._class(type(value))
+        if not isinstance(value, Mapping):
             self._all("items", value)
-        elif isinstance(value, Mapping):
-            self._class(type(value))
+        elif value:
             kept = {k: v for k, v in value.items() if not (isinstance(k, str) and k in _SKIPPED)}
             self._all("keys", kept.keys())
             self._all("values", kept.values())
         else:
-            self._object(value)
+            self._say("nothing")
 
     def _object(self, value: Any) -> None:
         """An instance of a Python class is its class and its attributes."""
@@ -160,6 +176,11 @@ class _Walk:
                 self._say("constant", sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant))
 
     def _class(self, cls: type) -> None:
+        known = self._classes.get(cls)
+        if known is not None:
+            self._say("class again", known)
+            return
+        self._classes[cls] = len(self._classes)
         for base in cls.__mro__:
             self._say("class", base.__module__, base.__qualname__)
             if self._seen(base) or _of_torch(base.__module__) or base.__module__.partition(".")[0] in sys.stdlib_module_names:
@@ -177,7 +198,7 @@ class _Walk:
 
     def _seen(self, value: Any) -> bool:
         """Whether it came before; then its number is said, so that what is shared is told from what is equal."""
-        shared = isinstance(value, torch.Tensor | torch.nn.Module | type) or hasattr(value, "__dict__")
+        shared = isinstance(value, _SHARED) or hasattr(value, "__dict__")
         number = self._numbers.get(id(value))
         if number is not None:
             self._say("again", number)
@@ -194,7 +215,7 @@ class _Walk:
             self.add(value)
 
     def _say(self, *words: Any) -> None:
-        self._hash.update(f"{words!r}\n".encode())
+        self._said.append(repr(words))
 
 
 def _of_torch(module: str | None) -> bool:

@@ -1,0 +1,145 @@
+"""A program of TorchInductor taken out of its wrappings, so that it can be kept, and run without them.
+
+`standalone_compile` returns the program inside AOTAutograd's run-time wrappers, and loading such an artifact again imports the
+whole compiler. The functions here need none of that: they change no input, are run without gradients, and what they return has
+the order and number of the graph's outputs. `portable` makes sure of it; a program that needs a wrapper is left in it.
+"""
+
+from __future__ import annotations
+
+import linecache
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from squareq_fx.stored.code import StoredCode
+from squareq_fx.stored.errors import DamagedError
+
+__all__ = ["load", "portable"]
+
+_IMPORT = re.compile(r"^from torch\._inductor\.[\w.]+ import (?:\w+ as )?(\w+)\n", re.MULTILINE)
+"""A line at the top of every program; those of `extern_kernels` and `align`, which few use, load the whole compiler."""
+_ERRORS = (
+    *(LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, NameError),
+    *(ImportError, SyntaxError, OSError, EOFError, pickle.UnpicklingError),
+)
+"""What a text may raise where its surroundings are not those it was made in; a compiler's errors are RuntimeErrors."""
+_PLAIN = {"non_alias", "unsafe_view_alias", "custom_function_view", "alias_of_input", "is_input"}
+"""How an output may be related to others: without gradients these are what the program itself returns."""
+
+
+def portable(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCode | None:
+    """What to keep of a program; None if it needs what is not kept.
+
+    Args:
+        artifact: what `standalone_compile` returned; it holds what Inductor writes into its own cache, pickled.
+        fixed, condition: of `Compilation`.
+    """
+    from torch.compiler._cache import CacheArtifactManager
+
+    data = getattr(artifact, "_artifacts", None)
+    found = CacheArtifactManager.deserialize(data[0]) if data else None
+    entries = [(found or {}).get(kind, []) for kind in ("inductor", "aot_autograd")]
+    if [len(entry) for entry in entries] != [1, 1]:
+        return None
+    program, wrappers = (pickle.loads(entry[0].content) for entry in entries)
+    if not (_is_plain(program) and _needs_no_wrapper(wrappers)):
+        return None
+    names = sorted(set(re.findall(r"\bextern_kernels\.(\w+)", program.source_code)))
+    ours = [name for name in names if _of_inductor(name) is getattr(torch, name, None)]
+    bundle = program._triton_bundle
+    has_kernels = bundle is not None and (bundle.kernel_artifacts or bundle.static_autotuners)
+    return StoredCode(
+        source=_without_idle_imports(program.source_code),
+        ours=tuple(ours),
+        theirs=tuple(name for name in names if name not in ours),
+        # A newer Inductor writes these copies into the program.
+        aligned=() if getattr(program, "_defers_input_alignment", False) else tuple(program.inputs_to_check),
+        fixed=fixed,
+        condition=condition,
+        kernels=pickle.dumps(bundle) if has_kernels else b"",
+    )
+
+
+def _is_plain(program: Any) -> bool:
+    """Whether a `CompiledFxGraph` is its text and its kernels, and nothing else."""
+    held = [program.constants, program.frozen_param_names, program.torchbind_constants, program.mutated_input_idxs]
+    held += [getattr(program, name, None) for name in ("opaque_value_type_classes", "_wrap_compiled_regions")]
+    return bool(program.source_code) and not any(held)
+
+
+def _needs_no_wrapper(entry: Any) -> bool:
+    """Whether AOTAutograd's wrappers around a program return what the program returns, for what they were called with."""
+    meta = entry.runtime_metadata
+    changes = [entry.compiled_bw, entry.maybe_subclass_meta, meta.num_mutated_inp_runtime_indices, meta.num_intermediate_bases]
+    changes += [meta.tokens, meta.is_rng_op_functionalized]
+    changes += [getattr(wrapper, "needs_post_compile", True) for wrapper in entry.dispatch_wrappers]
+    return not any(changes) and all(output.output_type.name in _PLAIN for output in meta.output_info)
+
+
+def _without_idle_imports(source: str) -> str:
+    """The text without imports of what it does not mention again, and of `extern_kernels`, which `load` gives it."""
+
+    def needed(line: re.Match[str]) -> str:
+        mentioned = len(re.findall(rf"\b{line[1]}\b", source))
+        return line[0] if line[1] != "extern_kernels" and mentioned > 1 else ""
+
+    return _IMPORT.sub(needed, source)
+
+
+def load(code: StoredCode, name: str) -> Callable[..., Any]:
+    """Execute the text of a program, and return what runs it, called with its inputs one by one.
+
+    What it compiled lies in Inductor's and Triton's own caches, or in `code.kernels`; what is in neither is compiled again.
+
+    Args:
+        name: for tracebacks.
+
+    Raises:
+        DamagedError: the text cannot be executed here.
+    """
+    try:
+        return _loaded(code, name)
+    except _ERRORS as error:
+        raise DamagedError(f"it cannot be executed here: {type(error).__name__}: {error}") from error
+
+
+def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
+    if code.kernels:
+        from torch._inductor.triton_bundler import TritonBundler
+
+        TritonBundler.read_and_emit(pickle.loads(code.kernels))
+    found = {one: getattr(torch, one) for one in code.ours} | {one: _of_inductor(one) for one in code.theirs}
+    path = f"<squareq_fx program {name}>"
+    space: dict[str, Any] = {"__name__": f"squareq_fx_program_{name}", "__file__": path, "extern_kernels": _Functions(found)}
+    exec(compile(code.source, path, "exec", dont_inherit=True), space)
+    linecache.cache[path] = (len(code.source), None, code.source.splitlines(keepends=True), path)
+    call = space["call"]
+    if code.aligned:
+        from torch._inductor.utils import align_inputs_from_check_idxs
+        from torch.utils._ordered_set import OrderedSet
+
+        call = align_inputs_from_check_idxs(call, code.aligned, OrderedSet())
+
+    def run(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return call([*inputs])
+
+    return run
+
+
+class _Functions:
+    """What the text knows as `extern_kernels`."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(functions)
+
+
+def _of_inductor(name: str) -> Callable[..., Any]:
+    from torch._inductor.select_algorithm import extern_kernels  # late: loads the compiler
+
+    found: Callable[..., Any] = getattr(extern_kernels, name)
+    return found

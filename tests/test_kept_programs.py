@@ -1,0 +1,376 @@
+"""kept: a second compile finds what Inductor made of each function, with the same bits; whatever counts has its own key."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import laws
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Mlp, Norm, Residual, Seq, Spec, make_slab, scratch
+from torch import fx, nn
+
+import squareq_fx
+from squareq_fx.lowering import inductor
+from squareq_fx.lowering.kept import KeptPrograms, program_code_key
+from squareq_fx.lowering.portable import load
+from squareq_fx.lowering.symbols import sizes_of
+from squareq_fx.slab import Slab
+from squareq_fx.stored.code import StoredCode, read_code, write_code
+from squareq_fx.stored.errors import DamagedError
+
+SPEC = Spec(Residual(Seq((Norm(), Mlp(24)))), repeat=2)
+SIZES = ((2, 5, 3), (1, 9, 4))
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """One thread, no vector instructions to find out about, and a cache of our own."""
+    from torch._inductor import config
+
+    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch("inductor"))
+    with config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        yield
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    if known is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
+
+
+@functools.cache
+def model_and_slab() -> tuple[nn.Module, Slab]:
+    model = SPEC.build()
+    return model, make_slab(model, SPEC.inputs())
+
+
+def compiled(cache: Path | bool) -> squareq_fx.CompiledModule:
+    options: Any = {"example_inputs": SPEC.inputs(), "backend": "inductor", "progress": False}
+    return squareq_fx.compile(*model_and_slab(), cache=cache, **options)
+
+
+def outputs(module: nn.Module) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [module(**SPEC.inputs(*sizes)) for sizes in SIZES]
+
+
+def codes(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.code"))
+
+
+@pytest.fixture(scope="module")
+def first(quick_compiler: None) -> tuple[Path, list[inductor.Compilation], list[torch.Tensor]]:
+    """A folder, and what the compile that filled it compiled and computed."""
+    folder = scratch("programs")
+    module = compiled(folder)
+    return folder, list(module.lowering.compilations), outputs(module)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the compiler ran")
+
+    monkeypatch.setattr(inductor, "_compiled", refuse)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for each run of the compiler."""
+    done: list[Any] = []
+    original = inductor._compiled
+
+    def counted(body: fx.Graph, world: Any) -> Any:
+        done.append(body)
+        return original(body, world)
+
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------- the same bits
+
+
+def test_a_second_compile_runs_no_compiler_and_computes_the_same_bits(first: Any, no_compiler: None) -> None:
+    folder, before, expected = first
+    assert len(codes(folder)) == len(before) > 1 and not any(c.kept for c in before)
+    module = compiled(folder)
+    found = module.lowering.compilations
+    assert all(c.kept for c in found)
+    told = [replace(c, seconds=0.0, kept=False) for c in found]
+    assert told == [replace(c, seconds=0.0) for c in before], "one compilation for each function, with the same words"
+    assert laws.same(outputs(module), expected)
+
+
+_SECOND = """
+import json, sys
+import torch
+import test_kept_programs as here
+from torch._inductor import config
+
+config.cpp.simdlen, config.compile_threads = 1, 1
+torch.set_num_threads(int(sys.argv[2]))
+module = here.compiled(here.Path(sys.argv[1]))
+found = [o.double().sum().item().hex() for o in here.outputs(module)]
+assert "diffusers" not in sys.modules
+kept = [c.kept for c in module.lowering.compilations]
+print(json.dumps([kept, found, "torch._inductor.lowering" in sys.modules]))
+"""
+
+
+def test_a_second_process_finds_them_and_loads_no_compiler(first: Any) -> None:
+    folder, before, expected = first
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", _SECOND, str(folder), str(torch.get_num_threads())]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    kept, found, has_compiler = json.loads(process.stdout.splitlines()[-1])
+    assert kept == [True] * len(before)
+    assert found == [o.double().sum().item().hex() for o in expected]
+    assert not has_compiler
+
+
+def test_products_of_torch_are_called_without_the_compiler(tmp_path: Path) -> None:
+    linear = function(lambda x, w: aten.mm.default(aten.sin.default(x), w), (6, 8), (8, 4))
+    kept, noted = KeptPrograms(tmp_path), []
+    inputs = torch.randn(6, 8), torch.randn(8, 4)
+    expected = inductor.compile_function("product", linear, noted.append, programs=kept)(*inputs)
+    code = read_code(codes(tmp_path)[0].read_bytes(), codes(tmp_path)[0].stem)
+    assert code.ours == ("mm",) and code.theirs == () and "import extern_kernels" not in code.source
+    again = inductor.compile_function("product", linear, noted.append, programs=kept)
+    assert [c.kept for c in noted] == [False, True]
+    assert torch.equal(again(*inputs), expected) and torch.allclose(expected, inputs[0].sin() @ inputs[1], atol=1e-5)
+
+
+def test_other_functions_of_inductor_are_taken_from_it(tmp_path: Path) -> None:
+    code = StoredCode("def call(args): return (extern_kernels.convolution,)", (), ("convolution",), (), (), "", b"")
+    from torch._inductor.select_algorithm import extern_kernels
+
+    assert load(code, "one")()[0] is extern_kernels.convolution
+
+
+def test_a_misaligned_input_is_copied_where_the_program_asks_for_it() -> None:
+    source = "def call(args):\n    return tuple(a.data_ptr() % 16 for a in args)"
+    # Inductor's own rule: an address that is no multiple of 16 bytes
+    x = torch.randn(9)[1:]
+    assert load(StoredCode(source, (), (), (0,), (), "", b""), "one")(x, x) == (0, x.data_ptr() % 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------- damage
+
+
+CODE = StoredCode("text", ("mm",), ("conv",), (1,), (0,), "L['t0'] < 4", b"\x00kernels")
+
+
+@given(st.data())
+def test_every_flipped_bit_is_noticed(data: st.DataObject) -> None:
+    written = bytearray(write_code(CODE, "key"))
+    assert read_code(bytes(written), "key") == CODE
+    place = data.draw(st.integers(0, len(written) - 1))
+    written[place] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(DamagedError):
+        read_code(bytes(written), "key")
+
+
+@given(st.integers(0, 300))
+def test_every_cut_is_noticed(length: int) -> None:
+    written = write_code(CODE, "key")
+    with pytest.raises(DamagedError):
+        read_code(written[: min(length, len(written) - 1)], "key")
+
+
+def test_an_entry_under_another_name_is_refused() -> None:
+    with pytest.raises(DamagedError, match="another key"):
+        read_code(write_code(CODE, "key"), "other")
+
+
+def _flipped(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    return bytes(data)
+
+
+def _raising(path: Path) -> bytes:
+    code = read_code(path.read_bytes(), path.stem)
+    return write_code(replace(code, source="from torch._inductor import gone"), path.stem)
+
+
+@pytest.mark.parametrize("spoil", [_flipped, _raising, lambda path: b""])
+def test_what_cannot_be_used_is_told_compiled_again_and_replaced(
+    first: Any, runs: list[Any], spoil: Callable[[Path], bytes]
+) -> None:
+    folder, before, expected = first
+    path = codes(folder)[0]
+    path.write_bytes(spoil(path))
+    with pytest.warns(UserWarning, match=f"{path.name} cannot be used and is compiled again"):
+        module = compiled(folder)
+    assert len(runs) == 1 and sum(c.kept for c in module.lowering.compilations) == len(before) - 1
+    assert laws.same(outputs(module), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(c.kept for c in compiled(folder).lowering.compilations)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="a compiled program is not kept"):
+        KeptPrograms(tmp_path / "file" / "below").put("key", CODE)
+
+
+def test_the_least_used_go_first(tmp_path: Path) -> None:
+    size = len(write_code(CODE, "a"))
+    kept = KeptPrograms(tmp_path, limit=2 * size)
+    for at, key in enumerate("ab"):
+        kept.put(key, CODE)
+        os.utime(tmp_path / f"{key}.code", (at, at))
+    assert kept.get("a", lambda code: len) == (CODE, len), "it is used now"
+    kept.put("c", CODE)
+    assert [path.stem for path in codes(tmp_path)] == ["a", "c"]
+
+
+def test_no_cache_no_files(first: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[Any]) -> None:
+    monkeypatch.setenv("SQUAREQ_CACHE_DIR", str(tmp_path))
+    module = compiled(False)
+    assert not any(c.kept for c in module.lowering.compilations) and len(runs) == len(module.lowering.compilations)
+    monkeypatch.setenv("SQUAREQ_CACHE", "0")
+    assert KeptPrograms.of(True) is None and not list(tmp_path.iterdir())
+    monkeypatch.setenv("SQUAREQ_CACHE", "1")
+    kept = KeptPrograms.of(True)
+    assert kept is not None and kept.folder == tmp_path / "programs"
+
+
+# ----------------------------------------------------------------------------------------------------------------- the key
+
+
+def function(body: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """A function of operations that `body` calls, on tensors of these shapes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gm = make_fx(body, tracing_mode="fake")(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+    return gm
+
+
+def key_of(gm: fx.GraphModule, tuned: tuple[int, ...] = (), settings: Any = None) -> str | None:
+    values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    return program_code_key(gm.graph, values, sizes_of(values), tuned, settings)
+
+
+def plain() -> fx.GraphModule:
+    return function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), 1), (3, 4))
+
+
+def test_names_do_not_count() -> None:
+    renamed = plain()
+    for node in renamed.graph.nodes:
+        node.name = f"other_{node.name}"
+    assert key_of(renamed) == key_of(plain()) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), 1.0), (3, 4)),
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), True), (3, 4)),
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [0]), 1), (3, 4)),
+        lambda: function(lambda x: aten.sub.Tensor(aten.sum.dim_IntList(x, [1]), 1), (3, 4)),
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), 1), (3, 5)),
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), 1), (3, 4), dtype=torch.float64),
+        lambda: function(lambda x, y: aten.add.Tensor(aten.sum.dim_IntList(x, [1]), 1), (3, 4), (1,)),
+        lambda: function(lambda x: aten.add.Tensor(aten.sum.dim_IntList(x.t(), [1]), 1), (4, 3)),
+    ],
+)
+def test_operations_arguments_and_types_count(other: Callable[[], fx.GraphModule]) -> None:
+    assert key_of(other()) not in (None, key_of(plain()))
+
+
+def test_which_value_an_operation_reads_counts() -> None:
+    one = function(lambda x, y: aten.sub.Tensor(x, y), (3,), (3,))
+    assert key_of(one) != key_of(function(lambda x, y: aten.sub.Tensor(y, x), (3,), (3,)))
+
+
+def test_sizes_and_options_count() -> None:
+    gm = plain()
+    assert len({key_of(gm, (2,)), key_of(gm, (3,)), key_of(gm, (2,), {"a": 1}), key_of(gm, (2,), {"a": 2})}) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.setattr(torch, "__version__", "9.9"),
+        lambda m: m.setattr(torch.version, "git_version", "other"),
+        lambda m: m.setattr("squareq_fx.stored.surroundings.package_identity", lambda: "other"),
+        lambda m: m.setattr("squareq_fx.stored.surroundings._triton", lambda: "9.9"),
+        lambda m: m.setattr("platform.python_version", lambda: "4.0"),
+        lambda m: m.setattr(torch._inductor.config, "epilogue_fusion", not torch._inductor.config.epilogue_fusion),
+        lambda m: m.setattr(torch, "get_num_threads", lambda: 1234),
+        lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other"),
+        lambda m: m.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
+        lambda m: m.setenv("TORCHINDUCTOR_SOMETHING", "1"),
+        lambda m: m.setenv("CXX", "other"),
+    ],
+)
+def test_surroundings_count(monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]) -> None:
+    before = key_of(plain())
+    change(monkeypatch)
+    assert key_of(plain()) != before
+
+
+def test_where_things_are_kept_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(plain())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    monkeypatch.setenv("TRITON_HOME", "elsewhere")
+    assert key_of(plain()) == before
+
+
+def test_an_operation_that_nobody_knows_has_no_key(tmp_path: Path) -> None:
+    with torch.library._scoped_library("kept_programs", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+        library._register_fake("twice", torch.empty_like)
+        gm = function(lambda x: torch.ops.kept_programs.twice.default(aten.sin.default(x)), (3,))
+        assert key_of(gm) is None
+        noted: list[inductor.Compilation] = []
+        run = inductor.compile_function("twice", gm, noted.append, programs=KeptPrograms(tmp_path))
+        x = torch.randn(3)
+        assert torch.allclose(run(x), 2 * x.sin()) and not noted[0].kept and not codes(tmp_path)
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_second_process_finds_programs_and_kernels(tmp_path: Path) -> None:
+    """Triton's kernels come with the program: also where Inductor's and Triton's own caches are empty."""
+    script = """
+import json, os, sys
+import torch
+from pathlib import Path
+import test_kept_programs as here
+module = here.squareq_fx.compile(*here.model_and_slab(), cache=Path(sys.argv[1]), device="cuda", backend="inductor",
+    example_inputs=here.SPEC.inputs(), progress=False)
+with torch.no_grad():
+    outputs = [module(**{k: v.cuda() for k, v in here.SPEC.inputs(*sizes).items()}) for sizes in here.SIZES]
+print(json.dumps([[c.kept for c in module.lowering.compilations], [o.double().sum().item().hex() for o in outputs],
+    "torch._inductor.lowering" in sys.modules]))
+"""
+    rows = []
+    for run in ("cold", "warm", "warm"):
+        caches = {name: str(tmp_path / f"{name}{len(rows) // 2}") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = os.environ | caches | {"PYTHONPATH": path}
+        command = [sys.executable, "-c", script, str(tmp_path / "programs")]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, (run, process.stderr)
+        rows.append(json.loads(process.stdout.splitlines()[-1]))
+    assert [set(row[0]) for row in rows] == [{False}, {True}, {True}]
+    assert rows[0][1] == rows[1][1] == rows[2][1]
+    assert [row[2] for row in rows] == [True, False, False]
