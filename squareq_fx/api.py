@@ -15,12 +15,14 @@ from torch import nn
 from squareq_fx.auto.deciding import decisions_for, tune_kernels, usual_sizes
 from squareq_fx.cached_graphs import CachedGraphs
 from squareq_fx.capture import capture
+from squareq_fx.collector import paused, resumed
 from squareq_fx.compute import ERROR_BUDGET, Compute, Decisions
 from squareq_fx.emit import CompiledModule, emit
 from squareq_fx.errors import SquareQError
 from squareq_fx.ir import Stage
 from squareq_fx.kernels.arguments import COMPUTES
 from squareq_fx.lora import Lora
+from squareq_fx.lowering.ahead import ask_ahead
 from squareq_fx.lowering.backends import Backend, check_backend, compiles
 from squareq_fx.lowering.kept import KeptPrograms
 from squareq_fx.passes import Quantize, Save, default_passes
@@ -33,6 +35,7 @@ from squareq_fx.weights import check_same_model, check_same_weights
 __all__ = ["compile"]
 
 
+@paused()
 def compile(
     model: nn.Module,
     slab: Slab | str | os.PathLike[str],
@@ -86,7 +89,7 @@ def compile(
         backing: "host" (pinned memory), "disk" (the mapped file), or "resident" (everything on the device).
         keep_resident: segments that are never evicted.
         backend: how the blocks run. "eager": operation by operation. "inductor": each unique function of the graph compiled by
-            TorchInductor, here and once for all sizes; a second process finds the programs in Inductor's cache. "cudagraph":
+            TorchInductor, here and once for all sizes; a second process finds the programs (`cache`). "cudagraph":
             the same, and what a whole forward or backward launches is recorded and replayed. "eager+cudagraph": "eager",
             recorded; there is nothing to compile, and the bits are those of "eager". While Inductor works the weights go to
             the device; otherwise the first call brings them.
@@ -96,7 +99,8 @@ def compile(
         progress: show the running stage on a terminal.
         cache: keep the graph after the passes on disk, and use it instead of tracing when nothing it depends on has changed
             (`stored.cache`). True: below `$SQUAREQ_CACHE_DIR` or `~/.cache/squareq_fx`, unless `$SQUAREQ_CACHE` is 0; or a
-            folder. Graphs of passes that are not the default ones are not kept.
+            folder. Graphs of passes that are not the default ones are not kept. Inductor's programs are kept there too, and
+            executed from there: give no folder that others may write into.
 
     Returns:
         A runnable `torch.fx.GraphModule`, called as the model is.
@@ -111,6 +115,9 @@ def compile(
     check_backend(backend, device)
     if backing not in get_args(Backing):
         raise SquareQError(f"backing={backing!r} is none of {', '.join(get_args(Backing))}")
+    kind = torch.device(device).type if device is not None else next((p.device.type for p in model.parameters()), "meta")
+    if kind == "cuda" or (kind in ("cpu", "meta") and compiles(backend)):
+        ask_ahead("cuda" if kind == "cuda" else "cpu")
     opened = slab if isinstance(slab, Slab) else open_slab(slab)
     check_same_model(model, opened)
     check_same_weights(model, opened)
@@ -136,19 +143,21 @@ def compile(
     captured = None
     if auto:
         captured = graphs.after((), until="capture")
-        decisions = decisions_for(
-            captured,
-            model,
-            opened,
-            error_budget=error_budget,
-            keep=keep,
-            calibration=calibration,
-            example_inputs=example_inputs,
-            progress=progress,
-        )
+        with resumed():
+            decisions = decisions_for(
+                captured,
+                model,
+                opened,
+                error_budget=error_budget,
+                keep=keep,
+                calibration=calibration,
+                example_inputs=example_inputs,
+                progress=progress,
+            )
         passes = tuple(replace(p, compute=decisions) if isinstance(p, Quantize) else p for p in passes)
     graph = graphs.after(passes, until, captured)
-    tune_kernels(graph, model, opened, example_inputs=example_inputs, measure=tune or auto, progress=progress)
+    with resumed():
+        tune_kernels(graph, model, opened, example_inputs=example_inputs, measure=tune or auto, progress=progress)
     value_of = usual_sizes(graph, model, opened, example_inputs=example_inputs) if compiles(backend) else None
     with status() as show:
         return emit(

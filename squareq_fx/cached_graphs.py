@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from squareq_fx.collector import resumed
 from squareq_fx.ir import Stage, program
 from squareq_fx.pipeline import Pass, run
 from squareq_fx.slab import Slab
@@ -70,9 +71,10 @@ class CachedGraphs:
         self, passes: tuple[Pass, ...], until: str | None, captured: fx.GraphModule | None, show: _Show
     ) -> fx.GraphModule:
         show("capturing; up to half a minute for the largest models")
-        if captured is None:
-            captured = self.capture(self.model, slab=self.slab, **self.traced_as)
-        return run(captured, passes, until=until, observe=partial(self._report, show))
+        with resumed():
+            if captured is None:
+                captured = self.capture(self.model, slab=self.slab, **self.traced_as)
+            return run(captured, passes, until=until, observe=partial(self._report, show))
 
     def _report(self, show: _Show, stage: Stage) -> None:
         show(f"{stage.name} done in {stage.seconds:.1f} s")

@@ -104,7 +104,7 @@ def emit(
     compiled.recompile()
     runtime = state["runtime"]
     if runtime is not None and compiles(backend):
-        runtime.start_ahead()  # the weights' way to the device takes as long as programs from Inductor's cache
+        runtime.start_ahead()  # the weights' way to the device takes as long as programs from a cache
     try:
         lowering.prepare(compiled.lowered(), show)
     except BaseException:

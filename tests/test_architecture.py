@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "kernels"),
     (
         *("ir", "specs", "ops", "attention_rules", "attention_op", "blocks", "families", "calls", "compute"),
-        *("slab", "lora", "adapters", "checkpoint", "durable", "progress", "views"),
+        *("slab", "lora", "adapters", "checkpoint", "durable", "collector", "progress", "views"),
     ),
     (
         *("inference", "edit", "epilogues", "inlining", "liveness", "verify"),

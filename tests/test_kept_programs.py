@@ -168,6 +168,21 @@ def test_a_misaligned_input_is_copied_where_the_program_asks_for_it() -> None:
     assert load(StoredCode(source, (), (), (0,), (), "", b""), "one")(x, x) == (0, x.data_ptr() % 16)
 
 
+@pytest.mark.parametrize("what", ["portable", "load"])
+def test_a_program_that_cannot_be_taken_out_runs_in_its_wrappers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def no(*_: Any, **__: Any) -> Any:
+        raise {"portable": AttributeError, "load": DamagedError}[what]("not here")
+
+    monkeypatch.setattr(*{"portable": ("squareq_fx.lowering.portable._is_plain", no), "load": (inductor, "load", no)}[what])
+    noted: list[inductor.Compilation] = []
+    gm = function(lambda x: aten.cos.default(x), (5, 3))
+    run = inductor.compile_function("cos", gm, noted.append, programs=KeptPrograms(tmp_path))
+    x = torch.randn(5, 3)
+    assert torch.allclose(run(x), x.cos()) and len(noted) == 1 and not codes(tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------------------------- damage
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from squareq_fx.errors import SquareQError
 from squareq_fx.ir import functions
+from squareq_fx.lowering.ahead import ask_ahead
 from squareq_fx.lowering.inductor import Compilation, compile_function
 from squareq_fx.lowering.kept import KeptPrograms
 from squareq_fx.lowering.lowered import Lowered, lowered
@@ -70,6 +71,7 @@ class Lowering:
         check_backend(backend, device)
         self.backend = backend
         self._programs = programs
+        self._kind = device.type if device is not None else ""
         self._value_of = value_of
         self._recorder = CudaRecorder(device) if _records(backend) and device is not None else None
         self._functions: dict[tuple[Any, ...], nn.Module] = {}
@@ -94,6 +96,8 @@ class Lowering:
         graphs = list(graphs)
         if not compiles(self.backend):
             return
+        if self._kind == "cpu":
+            ask_ahead("cpu").join()
         unique = {_key(f): (name, f) for one in graphs for name, f in functions(one.graph).items()}
         for done, (name, function) in enumerate(unique.values()):
             show(f"inductor: {done} of {len(unique)} functions, now {name}")

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.torch_version import TorchVersion
 
 from squareq_fx import ops
+from squareq_fx.collector import resumed
 from squareq_fx.errors import SquareQError
 from squareq_fx.inference import infer
 from squareq_fx.ir import fake_mode, model_source
@@ -29,6 +30,7 @@ from squareq_fx.lowering.kept import KeptPrograms, program_code_key
 from squareq_fx.lowering.lowered import lowered, unpacker
 from squareq_fx.lowering.portable import load, portable
 from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, holds, sizes_of
+from squareq_fx.stored.errors import DamagedError
 
 __all__ = ["Compilation", "CompiledFunction", "compile_function"]
 
@@ -134,7 +136,8 @@ class CompiledFunction(nn.Module):
             code, run = kept
             program = _Program(run, code.fixed, code.condition)
         else:
-            program = self._made(key, sizes)
+            with resumed():
+                program = self._made(key, sizes)
         self._programs.append(program)
         seconds = time.perf_counter() - start
         self._note(Compilation(self._name, tuple(sizes), program.fixed, program.condition, seconds, kept is not None))
@@ -148,11 +151,15 @@ class CompiledFunction(nn.Module):
         try:
             artifact = _compiled(self._body, world)
             fixed, condition = world.fixed(), world.condition()
-            code = portable(artifact, fixed, condition)
-            # In its wrappings the program also holds its serialised form, which Inductor's cache has already.
-            run = load(code, self._name) if code is not None else getattr(artifact, "_compiled_fn", artifact)
         except Exception as error:
             raise self._refused(error) from error
+        run, code = getattr(artifact, "_compiled_fn", artifact), portable(artifact, fixed, condition)
+        if code is not None:
+            try:
+                run = load(code, self._name)  # in its wrappers it also holds its serialised form, which is on disk already
+            except DamagedError as error:
+                _LOG.warning("%s runs in Inductor's wrappers: %s", self._name, error)
+                code = None
         if self._kept is not None and key is not None and code is not None:
             self._kept.put(key, code)
         return _Program(run, fixed, condition)

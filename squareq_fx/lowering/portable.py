@@ -8,6 +8,7 @@ the order and number of the graph's outputs. `portable` makes sure of it; a prog
 from __future__ import annotations
 
 import linecache
+import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from squareq_fx.stored.errors import DamagedError
 
 __all__ = ["load", "portable"]
 
+_LOG = logging.getLogger(__name__)
 _IMPORT = re.compile(r"^from torch\._inductor\.[\w.]+ import (?:\w+ as )?(\w+)\n", re.MULTILINE)
 """A line at the top of every program; those of `extern_kernels` and `align`, which few use, load the whole compiler."""
 _ERRORS = (
@@ -38,6 +40,14 @@ def portable(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCod
         artifact: what `standalone_compile` returned; it holds what Inductor writes into its own cache, pickled.
         fixed, condition: of `Compilation`.
     """
+    try:
+        return _taken_out(artifact, fixed, condition)
+    except _ERRORS as error:  # an Inductor that has these things elsewhere
+        _LOG.warning("a program of Inductor is left in its wrappers: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _taken_out(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCode | None:
     from torch.compiler._cache import CacheArtifactManager
 
     data = getattr(artifact, "_artifacts", None)
@@ -45,7 +55,8 @@ def portable(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCod
     entries = [(found or {}).get(kind, []) for kind in ("inductor", "aot_autograd")]
     if [len(entry) for entry in entries] != [1, 1]:
         return None
-    program, wrappers = (pickle.loads(entry[0].content) for entry in entries)
+    contents = [entry[0].content for entry in entries]
+    program, wrappers = map(pickle.loads, contents)
     if not (_is_plain(program) and _needs_no_wrapper(wrappers)):
         return None
     names = sorted(set(re.findall(r"\bextern_kernels\.(\w+)", program.source_code)))
@@ -60,7 +71,7 @@ def portable(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCod
         aligned=() if getattr(program, "_defers_input_alignment", False) else tuple(program.inputs_to_check),
         fixed=fixed,
         condition=condition,
-        kernels=pickle.dumps(bundle) if has_kernels else b"",
+        kernels=contents[0] if has_kernels else b"",
     )
 
 
@@ -111,7 +122,7 @@ def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
     if code.kernels:
         from torch._inductor.triton_bundler import TritonBundler
 
-        TritonBundler.read_and_emit(pickle.loads(code.kernels))
+        TritonBundler.read_and_emit(pickle.loads(code.kernels)._triton_bundle)
     found = {one: getattr(torch, one) for one in code.ours} | {one: _of_inductor(one) for one in code.theirs}
     path = f"<squareq_fx program {name}>"
     space: dict[str, Any] = {"__name__": f"squareq_fx_program_{name}", "__file__": path, "extern_kernels": _Functions(found)}
