@@ -328,7 +328,6 @@ def test_sizes_and_options_count() -> None:
         lambda m: m.setattr("squareq_fx.stored.surroundings.package_identity", lambda: "other"),
         lambda m: m.setattr("squareq_fx.stored.surroundings._triton", lambda: "9.9"),
         lambda m: m.setattr("platform.python_version", lambda: "4.0"),
-        lambda m: m.setattr(torch._inductor.config, "epilogue_fusion", not torch._inductor.config.epilogue_fusion),
         lambda m: m.setattr(torch, "get_num_threads", lambda: 1234),
         lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other"),
         lambda m: m.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
@@ -340,6 +339,15 @@ def test_surroundings_count(monkeypatch: pytest.MonkeyPatch, change: Callable[[p
     before = key_of(plain())
     change(monkeypatch)
     assert key_of(plain()) != before
+
+
+def test_settings_of_inductor_count() -> None:
+    from torch._inductor import config
+
+    before = key_of(plain())
+    with config.patch(epilogue_fusion=not config.epilogue_fusion):
+        assert key_of(plain()) != before
+    assert key_of(plain()) == before
 
 
 def test_where_things_are_kept_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
