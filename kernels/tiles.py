@@ -195,7 +195,7 @@ def candidates(
         bucket = next((size for size in table if rows <= size), 128)
         return tuple(tile for tile in table[bucket] if _fits(tile, device))
     if kernel == "int8_matmul":
-        large = (*_MATMUL_LARGE, *_MATMUL_ELSEWHERE)
+        large: tuple[MatmulTile, ...] = (*_MATMUL_LARGE, *_MATMUL_ELSEWHERE)
         if _has_hopper_kernel(device):
             large = (_MATMUL_LARGE[0], *_MATMUL_HOPPER) if rows >= _HOPPER_ROWS else (*_MATMUL_LARGE, *_MATMUL_HOPPER[:2])
         tiles = _MATMUL_SMALL if rows <= 64 else [t._replace(group=group) for group in _GROUPS for t in large]
