@@ -227,13 +227,17 @@ def tuning(sizes: Sizes, device: torch.device) -> list[str]:
         bucket = tiles.row_bucket(layer.m)
         guess = tiles._guess(kernel, bucket, layer.n, layer.k, layer.dtype, device)
         plain = f"{ms[guess] / fastest:.2f}" if guess in ms else "-"
-        rest = ", ".join(f"{'x'.join(map(str, tile))} {slower / fastest:.2f}" for tile, slower in others)
-        rows.append((kernel, f"{bucket}x{layer.n}x{layer.k}", "x".join(map(str, best)), f"{fastest:.4f}", plain, rest))
+        rest = ", ".join(f"{_written(tile)} {slower / fastest:.2f}" for tile, slower in others)
+        rows.append((kernel, f"{bucket}x{layer.n}x{layer.k}", _written(best), f"{fastest:.4f}", plain, rest))
     measured = time.perf_counter()
     title = f"Tiles; {len(jobs)} programs compiled in {compiled - start:.0f} s, measured in {measured - compiled:.0f} s"
     header = ("kernel", "MxNxK", "fastest (kernels/tiles.py)", "ms", "the rule of thumb's time to it", "the others' to it")
     lines = [f"{job.kernel} {job.layer} {job.tile} did not run: {error.splitlines()[0]}\n" for job, error in failed.items()]
     return [table(title, header, rows), *lines]
+
+
+def _written(tile: Sequence[int]) -> str:
+    return "x".join(str(int(side)) for side in tile)
 
 
 def host_overhead(device: torch.device) -> str:

@@ -155,8 +155,9 @@ _GROUPS = (-6, 2)
 """On an H200 one of these is within 2 % of the best of twenty at every shape of Flux and SDXL: bands of rows where there are
 many of them (16384x3072x3072: by 3 %), of columns elsewhere (4608x12288x3072: by 5 %)."""
 _HOPPER_ROWS = 1024
-"""Rows from which the rule of thumb takes the larger tiles of `int8_matmul_hopper`: on an H200 they are no slower at any shape
-of Flux and SDXL that has 2048 or more, and faster at most; fewer were not measured."""
+"""Rows from which the rule of thumb takes the tiles of `int8_matmul_hopper`: on an H200 they are faster by 5 to 31 % at every
+shape of Flux and SDXL that has 2048 or more; fewer were not measured. Of its two tiles the smaller takes as long as 141 rows
+should, but leaves fewer multiprocessors idle at the end."""
 _DEEP = 4096
 """Depth from which it may pay to cut tiles along it: leaving and adding up sums costs as much as some steps of a product."""
 _MATMUL_SMALL = (
@@ -240,13 +241,18 @@ def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, d
         return next((t for t in tiles if t.m == 64), tiles[0])
     products = [t for t in tiles if isinstance(t, MatmulTile)]
     order = _GROUPS[rows > 4 * width]
-    if rows >= _HOPPER_ROWS and -(-rows // 256) * -(-width // 128) >= 0.6 * processors:
-        fetching = [t for t in products if t.fetching and t.m == 256 and t.group == order]
-        if fetching:
-            return max(fetching, key=lambda t: t.tail == Tail.ROWS)  # a candidate only where all halves run at once
+    fetching = [t for t in products if t.fetching and t.group == order]
+    if fetching and rows >= _HOPPER_ROWS and full >= processors:
+        return min(fetching, key=lambda t: _turns(t, rows, width, processors) * (t.m + 13 * (t.m < 256)))
     # Halves at the end cost 4 % at a depth of 640, and bring up to 4 % from 2560 on, 10 % where all tiles are halves.
     tail = Tail.DEPTH if depth >= 8192 and full > 2 * processors else Tail.ROWS if depth >= 2048 else Tail.WHOLE
     return min(products, key=lambda t: (t.group != order, t.tail != tail))  # the first of the best
+
+
+def _turns(tile: MatmulTile, rows: int, width: int, processors: int) -> float:
+    """How many tiles come one after the other, of one program a multiprocessor; halves at the end are half a turn."""
+    whole, rest = divmod(-(-rows // tile.m) * -(-width // tile.n), processors)
+    return whole + (rest > 0) * (0.5 if tile.tail == Tail.ROWS else 1.0)
 
 
 @functools.cache
