@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
-from squareq_fx.kernels.int8_matmul_parts import activated, origin
+from squareq_fx.kernels.int8_matmul_parts import activated, origin, places
 from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 from squareq_fx.kernels.tiles import MatmulTile, Tail, halves_fit, tile_for
 
@@ -65,15 +65,7 @@ def _finish(
     if addend_ptr is not None:
         extra = tl.load(addend_ptr + rows_m.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=inside, other=0.0)
         y += extra.to(tl.float32)
-    if ALIGNED:  # the tile's columns belong to one part
-        part = n0 // part_n
-        start = y_ptr + part.to(tl.int64) * M * part_n - part * part_n
-        target = start + offs_m.to(tl.int64)[:, None] * part_n + offs_n[None, :]
-    else:
-        part = offs_n // part_n
-        columns = part.to(tl.int64) * M * part_n + offs_n % part_n
-        target = y_ptr + offs_m.to(tl.int64)[:, None] * part_n + columns[None, :]
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(places(y_ptr, offs_m, offs_n, n0, M, part_n, ALIGNED), y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from squareq_fx.kernels.int8_matmul_parts import activated, origin
+from squareq_fx.kernels.int8_matmul_parts import activated, origin, places
 from squareq_fx.kernels.launch import Launcher
 
 __all__ = ["LAUNCH", "described"]
@@ -152,14 +152,7 @@ def _finish(
         if addend_ptr is not None:
             extra = gl.load(addend_ptr + out_m.to(gl.int64)[:, None] * stride_am + out_n[None, :], mask=inside, other=0.0)
             y += gl.convert_layout(extra, sums).to(gl.float32)
-        if ALIGNED:  # the tile's columns belong to one part
-            part = n0 // part_n
-            start = y_ptr + part.to(gl.int64) * M * part_n - part * part_n
-            target = start + out_m.to(gl.int64)[:, None] * part_n + out_n[None, :]
-        else:
-            part = out_n // part_n
-            columns = part.to(gl.int64) * M * part_n + out_n % part_n
-            target = y_ptr + out_m.to(gl.int64)[:, None] * part_n + columns[None, :]
+        target = places(y_ptr, out_m, out_n, n0, M, part_n, ALIGNED)
         gl.store(target, gl.convert_layout(y.to(y_ptr.dtype.element_ty), stored), mask=inside)
 
 

@@ -1,11 +1,11 @@
-"""Triton: what the int8 products have in common, the order of their tiles and the functions of their epilogue."""
+"""Triton: what the int8 products have in common, in Gluon too: the order of their tiles and what their epilogues do."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["activated", "origin"]
+__all__ = ["activated", "origin", "places"]
 
 
 @triton.jit
@@ -34,3 +34,17 @@ def origin(tile, M, N, group, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     i = first + tile % band % height
     j = tile % band // height
     return tl.where(of_rows, i, j) * BLOCK_M, tl.where(of_rows, j, i) * BLOCK_N
+
+
+@triton.jit
+def places(y_ptr, offs_m, offs_n, n0, M, part_n, ALIGNED: tl.constexpr):
+    """Where results go: y is [parts, M, part_n]. n0 is the first column of a tile."""
+    if ALIGNED:  # the tile's columns belong to one part
+        part = n0 // part_n
+        start = y_ptr + part.to(tl.int64) * M * part_n - part * part_n
+        target = start + offs_m.to(tl.int64)[:, None] * part_n + offs_n[None, :]
+    else:
+        part = offs_n // part_n
+        columns = part.to(tl.int64) * M * part_n + offs_n % part_n
+        target = y_ptr + offs_m.to(tl.int64)[:, None] * part_n + columns[None, :]
+    return target
