@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import laws
@@ -24,7 +26,7 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx.lowering import inductor
 from squareq_fx.lowering.kept import KeptPrograms, program_code_key
-from squareq_fx.lowering.portable import load
+from squareq_fx.lowering.portable import _hash, _kernels, load
 from squareq_fx.lowering.symbols import sizes_of
 from squareq_fx.slab import Slab
 from squareq_fx.stored.code import StoredCode, read_code, write_code
@@ -266,6 +268,70 @@ def test_no_cache_no_files(first: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert kept is not None and kept.folder == tmp_path / "programs"
 
 
+# --------------------------------------------------------------------------------------------------------- Triton's kernels
+
+
+def test_of_a_tuned_kernel_the_fastest_variant_is_kept(tmp_path: Path) -> None:
+    """Also where Inductor's own cache, which holds the result, is gone: the second process must not tune again."""
+    pytest.importorskip("triton")
+    from torch._inductor.runtime.autotune_cache import AutotuneCache
+    from torch._inductor.triton_bundler import StaticallyLaunchedAutotuner, TritonBundle, TritonKernelArtifacts
+
+    def kernel(name: str, *hashes: str) -> Any:
+        variants = [Namespace(kernel=Namespace(hash=one)) for one in hashes]
+        return Namespace(compile_results=variants, inductor_meta={}, filename=str(tmp_path / f"{name}.py"))
+
+    before, tuned, other = kernel("tuned", "aa"), kernel("tuned", "aa", "bb"), kernel("other", "cc", "dd")
+    cache = AutotuneCache.create({}, tuned.filename, "any")
+    assert cache is not None
+    cache.save(Namespace(kwargs={}, num_warps=4, num_stages=1), 0, triton_cache_hash=_hash(tuned.compile_results[1]))
+    hashes = {name: _hash(Namespace(kernel=Namespace(hash=name))) for name in ("aa", "bb", "cc", "dd", "ee")}
+    files = [TritonKernelArtifacts(one, 0, []) for one in hashes.values()]  # of "ee" nothing else is known
+    named = [("tuned", before), ("other", other), ("tuned", tuned)]
+    bundle = TritonBundle(2 * files, [StaticallyLaunchedAutotuner(name, name, one) for name, one in named])
+
+    found = pickle.loads(_kernels(bundle))
+    variants = {one.cache_key: [v.kernel.hash for v in one.kernel.compile_results] for one in found.static_autotuners}
+    assert variants == {"tuned": ["bb"], "other": ["cc", "dd"]}
+    assert [one.kernel_hash for one in found.kernel_artifacts] == [hashes[name] for name in ("bb", "cc", "dd", "ee")]
+    assert len(found.static_autotuners) == 2 and _kernels(None) == _kernels(TritonBundle([], [])) == b""
+
+
+def test_a_program_finds_its_kernels_and_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+    from torch._inductor.triton_bundler import TritonBundle, TritonKernelArtifact, TritonKernelArtifacts
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "asks the card")
+    bundle = TritonBundle([TritonKernelArtifacts("KEY", 0, [TritonKernelArtifact("kernel.cubin", b"binary")])], [])
+    source = (
+        "import os\nfrom torch._inductor import config\n"
+        "found = config.compile_threads, os.environ['TRITON_CACHE_DIR']\n"
+        "def call(args): return found"
+    )
+    with config.patch(compile_threads=7):
+        threads, folder = load(StoredCode(source, (), (), (), (), "", pickle.dumps(bundle)), "one")()
+        assert (threads, config.compile_threads) == (1, 7)
+    assert (Path(folder) / "KEY" / "kernel.cubin").read_bytes() == b"binary" and Path(folder).is_relative_to(tmp_path)
+
+
+def test_names_of_kernels_are_shorter_than_triton_writes_files() -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import get_fused_kernel_name
+    from torch.utils._ordered_set import OrderedSet
+
+    names = ["abs", "amax", "native_layer_norm", "reciprocal", "round", "scaled_dot_product_attention", "unsqueeze", "where"]
+    graph = fx.Graph()
+    for name in names:
+        packet = getattr(aten, name)
+        graph.call_function(packet).meta["original_aten"] = getattr(packet, packet.overloads()[0])
+    schedule: Any = [Namespace(node=Namespace(origins=OrderedSet(graph.nodes)))]
+    with config.patch(inductor._options()["config_patches"]):
+        assert len(get_fused_kernel_name(schedule, config.triton.descriptive_names)) < 50
+
+
 # ----------------------------------------------------------------------------------------------------------------- the key
 
 
@@ -350,11 +416,24 @@ def test_settings_of_inductor_count() -> None:
     assert key_of(plain()) == before
 
 
-def test_where_things_are_kept_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH", "TRITON_LIBDEVICE_PATH"]
+)
+def test_where_things_are_kept_does_not_count(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Inductor itself sets most of these when it compiles its first kernel; a second process compiles none."""
     before = key_of(plain())
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    monkeypatch.setenv("TRITON_HOME", "elsewhere")
+    monkeypatch.setenv(name, "elsewhere")
     assert key_of(plain()) == before
+
+
+@pytest.mark.parametrize("threads", [None, 3])
+def test_how_many_processes_compile_does_not_count(threads: int | None) -> None:
+    """Inductor decides it by the processor, when it first compiles."""
+    from torch._inductor import config
+
+    before = key_of(plain())
+    with config.patch(compile_threads=threads):
+        assert key_of(plain()) == before
 
 
 def test_an_operation_that_nobody_knows_has_no_key(tmp_path: Path) -> None:
@@ -382,8 +461,12 @@ module = here.squareq_fx.compile(*here.model_and_slab(), cache=Path(sys.argv[1])
     example_inputs=here.SPEC.inputs(), progress=False)
 with torch.no_grad():
     outputs = [module(**{k: v.cuda() for k, v in here.SPEC.inputs(*sizes).items()}) for sizes in here.SIZES]
+from torch._dynamo.utils import counters
+from torch._inductor import async_compile
+found = counters["inductor"]
 print(json.dumps([[c.kept for c in module.lowering.compilations], [o.double().sum().item().hex() for o in outputs],
-    "torch._inductor.lowering" in sys.modules]))
+    "torch._inductor.lowering" in sys.modules,
+    [found["async_compile_cache_miss"] - found["async_compile_cache_hit"], len(async_compile._pool_set)]]))
 """
     rows = []
     for run in ("cold", "warm", "warm"):
@@ -397,3 +480,4 @@ print(json.dumps([[c.kept for c in module.lowering.compilations], [o.double().su
     assert [set(row[0]) for row in rows] == [{False}, {True}, {True}]
     assert rows[0][1] == rows[1][1] == rows[2][1]
     assert [row[2] for row in rows] == [True, False, False]
+    assert [row[3] for row in rows[1:]] == [[0, 0], [0, 0]], "no kernel was compiled, and no process to compile started"

@@ -209,6 +209,9 @@ def _options() -> dict[str, Any]:
         # Its analysis compares sizes as written, b*(t1 + t2) with b*t1 + b*t2, and dies on an assertion where they differ.
         settings["triton.coalesce_tiling_analysis"] = False
     settings |= {"size_asserts": False, "alignment_asserts": False}  # types were checked after every pass
+    # Triton cuts a kernel's file name off after 150 characters, which a norm and a quantisation fill; Inductor then does not
+    # find the binary, launches the slow way, and compiles the kernel again in each process. With "torch" it names no operation.
+    settings["triton.descriptive_names"] = "torch"
     return {"config_patches": settings}
 
 

@@ -7,11 +7,14 @@ the order and number of the graph's outputs. `portable` makes sure of it; a prog
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import logging
+import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,8 +64,6 @@ def _taken_out(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredC
         return None
     names = sorted(set(re.findall(r"\bextern_kernels\.(\w+)", program.source_code)))
     ours = [name for name in names if _of_inductor(name) is getattr(torch, name, None)]
-    bundle = program._triton_bundle
-    has_kernels = bundle is not None and (bundle.kernel_artifacts or bundle.static_autotuners)
     return StoredCode(
         source=_without_idle_imports(program.source_code),
         ours=tuple(ours),
@@ -71,7 +72,7 @@ def _taken_out(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredC
         aligned=() if getattr(program, "_defers_input_alignment", False) else tuple(program.inputs_to_check),
         fixed=fixed,
         condition=condition,
-        kernels=contents[0] if has_kernels else b"",
+        kernels=_kernels(program._triton_bundle),
     )
 
 
@@ -89,6 +90,44 @@ def _needs_no_wrapper(entry: Any) -> bool:
     changes += [meta.tokens, meta.is_rng_op_functionalized]
     changes += [getattr(wrapper, "needs_post_compile", True) for wrapper in entry.dispatch_wrappers]
     return not any(changes) and all(output.output_type.name in _PLAIN for output in meta.output_info)
+
+
+def _kernels(bundle: Any) -> bytes:
+    """The compiled Triton kernels, each once, and of those that were tuned the fastest variant only.
+
+    Inductor bundles every variant, and in each process looks for what the tuning found, in its cache, by the absolute path of
+    this process. Where that is gone the first call would tune again, and could choose, and round, otherwise.
+    """
+    if bundle is None or not (bundle.kernel_artifacts or bundle.static_autotuners):
+        return b""
+    kernels = {one.cache_key: one for one in bundle.static_autotuners}  # the last of a key was made after the tuning
+    slower = {_hash(variant) for one in bundle.static_autotuners for variant in one.kernel.compile_results}
+    for one in kernels.values():
+        _settle(one.kernel)
+        slower -= {_hash(variant) for variant in one.kernel.compile_results}
+    files = {one.kernel_hash: one for one in bundle.kernel_artifacts if one.kernel_hash not in slower}
+    return pickle.dumps(replace(bundle, kernel_artifacts=[*files.values()], static_autotuners=[*kernels.values()]))
+
+
+def _settle(kernel: Any) -> None:
+    """Leave a kernel the variant that tuning it has found to be the fastest; all of them if that is not known."""
+    from torch._inductor.runtime.autotune_cache import AutotuneCache
+
+    if not kernel.filename or kernel.inductor_meta.get("coordinate_descent_tuning"):
+        return  # what that finds is no variant of the bundle
+    cache = AutotuneCache.create(kernel.inductor_meta, kernel.filename, "")
+    found = ((cache and cache._read()) or {}).get("triton_cache_hash")
+    fastest = [variant for variant in kernel.compile_results if _hash(variant) == found]
+    if fastest:
+        kernel.compile_results = fastest
+        kernel.inductor_meta["dynamic_scale_rblock"] = False  # or each process adds a variant, and tunes
+
+
+def _hash(variant: Any) -> str:
+    from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
+
+    key: str = triton_hash_to_path_key(variant.kernel.hash)
+    return key
 
 
 def _without_idle_imports(source: str) -> str:
@@ -119,14 +158,11 @@ def load(code: StoredCode, name: str) -> Callable[..., Any]:
 
 
 def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
-    if code.kernels:
-        from torch._inductor.triton_bundler import TritonBundler
-
-        TritonBundler.read_and_emit(pickle.loads(code.kernels)._triton_bundle)
     found = {one: getattr(torch, one) for one in code.ours} | {one: _of_inductor(one) for one in code.theirs}
     path = f"<squareq_fx program {name}>"
     space: dict[str, Any] = {"__name__": f"squareq_fx_program_{name}", "__file__": path, "extern_kernels": _Functions(found)}
-    exec(compile(code.source, path, "exec", dont_inherit=True), space)
+    with _emitted(code.kernels):
+        exec(compile(code.source, path, "exec", dont_inherit=True), space)
     linecache.cache[path] = (len(code.source), None, code.source.splitlines(keepends=True), path)
     call = space["call"]
     if code.aligned:
@@ -140,6 +176,28 @@ def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
             return call([*inputs])
 
     return run
+
+
+@contextlib.contextmanager
+def _emitted(kernels: bytes) -> Iterator[None]:
+    """While this is entered a program's text finds its compiled kernels, and starts no processes to compile them."""
+    if not kernels:
+        yield
+        return
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.triton_bundler import TritonBundler
+    from torch.utils._triton import triton_hash_with_backend
+
+    bundle = pickle.loads(kernels)
+    ready = {_hash(variant) for one in bundle.static_autotuners for variant in one.kernel.compile_results}
+    if any(files.kernel_hash not in ready for files in bundle.kernel_artifacts):
+        triton_hash_with_backend()  # as Inductor before it names other tools to Triton: these files' names begin with it
+    for files in bundle.kernel_artifacts[:1]:  # as Inductor where it makes a kernel: kernels of our own are found there too
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(files.device))
+    TritonBundler.read_and_emit(bundle)
+    with config.patch(compile_threads=1):
+        yield
 
 
 class _Functions:

@@ -30,7 +30,7 @@ class StoredCode:
         theirs: the names of the others.
         aligned: positions of inputs that are copied first where their address is no multiple of 16.
         fixed, condition: what the program assumes of its sizes (`Compilation`).
-        kernels: Inductor's own cache entry, pickled by it, for the compiled Triton kernels in it; empty where there are none.
+        kernels: its compiled Triton kernels, as Inductor pickles them (`TritonBundle`); empty where there are none.
     """
 
     source: str

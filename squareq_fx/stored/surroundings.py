@@ -15,8 +15,8 @@ from squareq_fx.stored.source_files import package_identity
 __all__ = ["compiler_settings", "libraries", "versions"]
 
 _VARIABLES = ("TORCHINDUCTOR_", "TRITON_", "OMP_")
-_PLACES = ("_DIR", "_HOME")
-"""Environment variables that say where something is kept, not what it is."""
+_PLACES = ("_DIR", "_HOME", "_PATH")
+"""Environment variables that say where something is kept, not what it is; Inductor sets some itself before its first kernel."""
 
 
 def versions(device: torch.device) -> list[Any]:
@@ -44,7 +44,9 @@ def compiler_settings(device: torch.device) -> list[Any]:
     deterministic: Any = torch.utils.deterministic
 
     found: list[Any] = [torch.version.git_version, _triton(), str(device)]
-    found += [torch._inductor.config.get_hash().hex(), torch._functorch.config.get_hash().hex()]
+    with torch._inductor.config.patch(compile_threads=1):  # None until the first compile, then by the processor
+        found.append(torch._inductor.config.get_hash().hex())
+    found.append(torch._functorch.config.get_hash().hex())
     found += sorted((k, v) for k, v in os.environ.items() if k.startswith(_VARIABLES) and not k.endswith(_PLACES))
     found += [os.environ.get(name) for name in ("CC", "CXX")]
     products = torch.backends.cuda.matmul
