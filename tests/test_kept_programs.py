@@ -185,6 +185,50 @@ def test_a_program_that_cannot_be_taken_out_runs_in_its_wrappers(
     assert torch.allclose(run(x), x.cos()) and len(noted) == 1 and not codes(tmp_path)
 
 
+@pytest.mark.parametrize("found", [False, True])
+def test_a_program_that_does_not_run_without_its_wrappers_is_compiled_again_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    """Whether it was just made or found; once, and for the sizes it was for."""
+    gm = function(lambda x: aten.cos.default(x), (5, 3))
+    if found:
+        inductor.compile_function("cos", gm, lambda _: None, programs=KeptPrograms(tmp_path))
+
+    def broken(*_: Any) -> Any:
+        raise TypeError("no such launcher")
+
+    monkeypatch.setattr(inductor, "load", lambda *_, **__: broken)
+    noted: list[inductor.Compilation] = []
+    run = inductor.compile_function("cos", gm, noted.append, programs=KeptPrograms(tmp_path))
+    x = torch.randn(5, 3)
+    with pytest.warns(UserWarning, match=r"the program of cos does not run here \(TypeError: no such launcher\)"):
+        assert torch.allclose(run(x), x.cos())
+    assert [c.kept for c in noted] == [found, False] and not codes(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(run(x), x.cos()) and len(noted) == 2
+
+
+def test_what_goes_wrong_in_the_wrappers_too_is_raised_and_memory_that_is_out_at_once(
+    monkeypatch: pytest.MonkeyPatch, runs: list[Any]
+) -> None:
+    gm = function(lambda x: aten.cos.default(x), (5, 3))
+
+    def refuse(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(inductor, "load", lambda *_, **__: refuse)
+    run = inductor.compile_function("cos", gm, lambda _: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.randn(5, 3))
+    assert len(runs) == 1
+    monkeypatch.setattr(inductor, "portable", lambda *_: None)
+    wrapped = inductor.compile_function("cos", gm, lambda _: None)
+    with pytest.raises((RuntimeError, AttributeError, TypeError)):
+        wrapped("no tensor")
+    assert len(runs) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------- damage
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,7 +29,7 @@ from squareq_fx.ir import fake_mode, model_source
 from squareq_fx.lowering.decompositions import decompose
 from squareq_fx.lowering.kept import KeptPrograms, program_code_key
 from squareq_fx.lowering.lowered import lowered, unpacker
-from squareq_fx.lowering.portable import load, portable
+from squareq_fx.lowering.portable import ERRORS, load, portable
 from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, holds, sizes_of
 from squareq_fx.stored.errors import DamagedError
 
@@ -117,35 +118,54 @@ class CompiledFunction(nn.Module):
         flat = self._gather(arguments)
         sizes = self._sizes.read(flat)
         run = self._by_sizes.get(sizes)
-        if run is None:
-            run = self._by_sizes[sizes] = self._program(sizes)
         with torch._C._AutoDispatchBelowAutograd():  # our operations then skip the step that looks for gradients they would cut
-            results = run(*sizes, *flat)
+            results = self._first(sizes, flat) if run is None else run(*sizes, *flat)
         return results[0] if self._single else results
 
-    def _program(self, sizes: tuple[int, ...]) -> Callable[..., Any]:
+    def _first(self, sizes: tuple[int, ...], flat: Sequence[Any]) -> Any:
+        """The first call with sizes. A program without its wrappers that does not run is compiled again, to run in them."""
+        program = self._program(sizes)
+        try:
+            results = program.run(*sizes, *flat)
+        except torch.OutOfMemoryError:
+            raise
+        except ERRORS as error:
+            if program.wrapped:
+                raise
+            text = f"the program of {self._name} does not run here ({type(error).__name__}: {error})"
+            warnings.warn(f"{text}; it is compiled again, and not kept. Please report this.", stacklevel=4)
+            self._programs.remove(program)
+            if self._kept is not None and program.key is not None:
+                self._kept.drop(program.key)
+            program = self._program(sizes, wrapped=True)
+            results = program.run(*sizes, *flat)
+        self._by_sizes[sizes] = program.run
+        return results
+
+    def _program(self, sizes: tuple[int, ...], wrapped: bool = False) -> _Program:
+        """One that holds for these sizes. wrapped: from the compiler, as it comes."""
         for program in self._programs:
             if program.holds(sizes):
-                return program.run
+                return program
         start = time.perf_counter()
         key, kept = None, None
-        if self._kept is not None:
+        if self._kept is not None and not wrapped:
             key = program_code_key(self._body, self._values, self._sizes, sizes, _options())
             kept = self._kept.get(key, partial(load, name=self._name)) if key is not None else None
         if kept is not None:
             code, run = kept
-            program = _Program(run, code.fixed, code.condition)
+            program = _Program(run, code.fixed, code.condition, False, key)
         else:
             with resumed():
-                program = self._made(key, sizes)
+                program = self._made(key, sizes, wrapped)
         self._programs.append(program)
         seconds = time.perf_counter() - start
         self._note(Compilation(self._name, tuple(sizes), program.fixed, program.condition, seconds, kept is not None))
         told = (self._name, "compiled" if kept is None else "found", sizes, seconds, program.condition or "anything")
         _LOG.info("%s %s for sizes %s in %.1f s, if %s", *told)
-        return program.run
+        return program
 
-    def _made(self, key: str | None, sizes: tuple[int, ...]) -> _Program:
+    def _made(self, key: str | None, sizes: tuple[int, ...], wrapped: bool) -> _Program:
         """The program for these sizes, from the compiler; kept under a key, if it can be."""
         world = fresh(self._sizes, sizes, self._values)
         try:
@@ -153,7 +173,7 @@ class CompiledFunction(nn.Module):
             fixed, condition = world.fixed(), world.condition()
         except Exception as error:
             raise self._refused(error) from error
-        run, code = getattr(artifact, "_compiled_fn", artifact), portable(artifact, fixed, condition)
+        run, code = getattr(artifact, "_compiled_fn", artifact), None if wrapped else portable(artifact, fixed, condition)
         if code is not None:
             try:
                 run = load(code, self._name)  # in its wrappers it also holds its serialised form, which is on disk already
@@ -162,7 +182,7 @@ class CompiledFunction(nn.Module):
                 code = None
         if self._kept is not None and key is not None and code is not None:
             self._kept.put(key, code)
-        return _Program(run, fixed, condition)
+        return _Program(run, fixed, condition, code is None, key)
 
     def _refused(self, error: Exception) -> SquareQError:
         text = str(error).strip().splitlines()
@@ -195,6 +215,8 @@ class _Program:
     run: Callable[..., Any]
     fixed: tuple[int, ...]
     condition: str
+    wrapped: bool
+    key: str | None
 
     @cached_property
     def holds(self) -> Callable[[Sequence[int]], bool]:

@@ -8,6 +8,7 @@ written down (an operation of the user's own) has no key, and is left to Inducto
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import operator
@@ -78,6 +79,11 @@ class KeptPrograms:
             prune(self.folder, self._limit, keep=key)
         except OSError as error:
             self._warn(f"a compiled program is not kept: {error}")
+
+    def drop(self, key: str) -> None:
+        """Keep a program no longer; nothing if it cannot be removed."""
+        with contextlib.suppress(OSError):
+            self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.code"

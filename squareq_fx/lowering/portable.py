@@ -22,12 +22,12 @@ import torch
 from squareq_fx.stored.code import StoredCode
 from squareq_fx.stored.errors import DamagedError
 
-__all__ = ["load", "portable"]
+__all__ = ["ERRORS", "load", "portable"]
 
 _LOG = logging.getLogger(__name__)
 _IMPORT = re.compile(r"^from torch\._inductor\.[\w.]+ import (?:\w+ as )?(\w+)\n", re.MULTILINE)
 """A line at the top of every program; those of `extern_kernels` and `align`, which few use, load the whole compiler."""
-_ERRORS = (
+ERRORS = (
     *(LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, NameError),
     *(ImportError, SyntaxError, OSError, EOFError, pickle.UnpicklingError),
 )
@@ -45,7 +45,7 @@ def portable(artifact: Any, fixed: tuple[int, ...], condition: str) -> StoredCod
     """
     try:
         return _taken_out(artifact, fixed, condition)
-    except _ERRORS as error:  # an Inductor that has these things elsewhere
+    except ERRORS as error:  # an Inductor that has these things elsewhere
         _LOG.warning("a program of Inductor is left in its wrappers: %s: %s", type(error).__name__, error)
         return None
 
@@ -153,7 +153,7 @@ def load(code: StoredCode, name: str) -> Callable[..., Any]:
     """
     try:
         return _loaded(code, name)
-    except _ERRORS as error:
+    except ERRORS as error:
         raise DamagedError(f"it cannot be executed here: {type(error).__name__}: {error}") from error
 
 
