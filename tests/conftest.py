@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,3 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def quick_compiler() -> Iterator[None]:
+    """Inductor on one thread, without finding out about vector instructions, with a cache of the module's own."""
+    from models import scratch
+    from torch._inductor import config
+
+    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch("inductor"))
+    with config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        yield
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    if known is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = known

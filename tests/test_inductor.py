@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from backbones import backbone, calls
 from compiled import family_slab
 from laws import bits, l2
-from models import Attend, Mlp, Norm, Residual, Seq, Spec, Staged, scratch, seeded, training
+from models import Attend, Mlp, Norm, Residual, Seq, Spec, Staged, seeded, training
 from torch import fx
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +40,8 @@ FUNCTIONS = ["prologue", "block", "epilogue", "epilogue_vjp", "block_vjp", "prol
 
 aten = torch.ops.aten
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def staged() -> Staged:
     return training(SPEC, "recompute", ("x",), rank=4, alpha=8.0)
@@ -52,20 +54,6 @@ def made(backend: str, **options: Any) -> CompiledModule:
         for parameter in module.adapter_parameters().values():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
     return module
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler() -> Iterator[None]:
-    """One thread, no vector instructions to find out about, and a cache of our own."""
-    from torch._inductor import config
-
-    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch("inductor"))
-    with config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
-        yield
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-    if known is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
 
 
 @pytest.fixture(scope="module")

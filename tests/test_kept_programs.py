@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -37,19 +37,7 @@ SIZES = ((2, 5, 3), (1, 9, 4))
 
 aten = torch.ops.aten
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler() -> Iterator[None]:
-    """One thread, no vector instructions to find out about, and a cache of our own."""
-    from torch._inductor import config
-
-    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch("inductor"))
-    with config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
-        yield
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-    if known is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @functools.cache
