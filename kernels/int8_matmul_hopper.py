@@ -1,10 +1,10 @@
 """Gluon, for Hopper: the int8 product with warps of its own that fetch, and two groups of warps that multiply.
 
-A multiprocessor holds one program and the program one tile, twice as large as `int8_matmul`'s: of a product's operands it asks
-L2 for three quarters of the bytes. One warp keeps the tensor copy engine busy, a ring of stages ahead and across tiles; each
-half of a tile's rows belongs to a group of four warps that waits for a stage, multiplies (wgmma, its sums stay in registers)
-and gives the stage back. The groups do not wait for each other, so one finishes its half while the other multiplies (warp
-specialisation, as CUTLASS 3's cooperative kernels have it).
+A multiprocessor holds one program and the program one tile, of 256 rows where there are enough of them, twice as large as
+`int8_matmul`'s: of a product's operands it asks L2 for three quarters of the bytes. One warp keeps the tensor copy engine
+busy, a ring of stages ahead and across tiles; each half of a tile's rows belongs to a group of four warps that waits for a
+stage, multiplies (wgmma, its sums stay in registers) and gives the stage back. The groups do not wait for each other, so one
+finishes its half while the other multiplies (warp specialisation, as CUTLASS 3's cooperative kernels have it).
 
 Triton's own language cannot say which warp does what; Gluon, which Triton ships, can. Sums are exact, so the bits are those of
 `int8_matmul`.

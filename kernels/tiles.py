@@ -147,7 +147,7 @@ _MATMUL_HOPPER = (
     MatmulTile(128, 128, 128, 4, 6, 1, Tail.WHOLE, fetching=True),
     MatmulTile(128, 128, 128, 4, 6, 1, Tail.ROWS, fetching=True),
 )
-_MATMUL_ELSEWHERE = (  # on an H200 5 to 50 % slower than the others, whatever the shape
+_MATMUL_ELSEWHERE = (  # on an H200 6 to 59 % slower than the others, whatever the shape
     MatmulTile(128, 64, 128, 4, 3, 2, Tail.WHOLE),
     MatmulTile(128, 128, 64, 4, 4, 2, Tail.WHOLE),
 )
@@ -155,9 +155,9 @@ _GROUPS = (-6, 2)
 """On an H200 one of these is within 2 % of the best of twenty at every shape of Flux and SDXL: bands of rows where there are
 many of them (16384x3072x3072: by 3 %), of columns elsewhere (4608x12288x3072: by 5 %)."""
 _HOPPER_ROWS = 1024
-"""Rows from which the rule of thumb takes the tiles of `int8_matmul_hopper`: on an H200 they are faster by 5 to 31 % at every
-shape of Flux and SDXL that has 2048 or more; fewer were not measured. Of its two tiles the smaller takes as long as 141 rows
-should, but leaves fewer multiprocessors idle at the end."""
+"""Rows from which the rule of thumb takes the tiles of `int8_matmul_hopper`: on an H200 products are 3 to 20 % faster with
+them at every shape of Flux and SDXL that has 2048 or more; fewer were not measured. Of its two tiles the smaller takes as
+long as 141 rows should, but leaves fewer multiprocessors idle at the end."""
 _DEEP = 4096
 """Depth from which it may pay to cut tiles along it: leaving and adding up sums costs as much as some steps of a product."""
 _MATMUL_SMALL = (

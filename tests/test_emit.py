@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import threading
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx import BindingError, CaptureError, CompiledModule, RuntimeStateError, SlabError, SquareQError, ops
 from squareq_fx.emit import emit
+from squareq_fx.lowering.lowered import lowered
 from squareq_fx.runtime import Runtime
 from squareq_fx.tracing.skeleton import skeleton
 from squareq_fx.views.units import format_bytes, format_seconds
@@ -64,6 +66,41 @@ def streamed(toy: _Toy) -> CompiledModule:
 
 def _state(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
     return {name: (t.dtype, bits(t)) for name, t in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------- starting
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_the_weights_are_on_their_way_while_inductor_works(
+    toy: _Toy, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Runtime, "start_ahead", lambda self: order.append("weights"))
+
+    def take(name: str, function: fx.GraphModule, *_: Any) -> nn.Module:
+        order.append("function")
+        return lowered(function)
+
+    monkeypatch.setattr("squareq_fx.lowering.backends.compile_function", take)
+    module = toy.emit(backend=backend)
+    assert order[:2] == (["weights", "function"] if backend == "inductor" else []) and order.count("weights") <= 1
+    module.shutdown()
+
+
+def test_what_was_started_ends_when_inductor_refuses(toy: _Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Runtime] = []
+    shutdown = Runtime.shutdown
+    monkeypatch.setattr(Runtime, "shutdown", lambda self: (ended.append(self), shutdown(self))[1])
+
+    def refuse(*_: Any) -> nn.Module:
+        raise SquareQError("no such compiler")
+
+    monkeypatch.setattr("squareq_fx.lowering.backends.compile_function", refuse)
+    with pytest.raises(SquareQError, match="no such compiler"):
+        toy.emit(backend="inductor")
+    assert len(ended) == 1
+    assert not any(thread.name == "squareq-start" for thread in threading.enumerate())
 
 
 # ------------------------------------------------------------------------------------------------------ answers

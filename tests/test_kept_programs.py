@@ -197,24 +197,27 @@ def test_a_program_that_does_not_run_without_its_wrappers_is_compiled_again_and_
         assert torch.allclose(run(x), x.cos()) and len(noted) == 2
 
 
-def test_what_goes_wrong_in_the_wrappers_too_is_raised_and_memory_that_is_out_at_once(
-    monkeypatch: pytest.MonkeyPatch, runs: list[Any]
+@pytest.mark.parametrize(("wrapped", "error"), [(False, torch.OutOfMemoryError), (True, RuntimeError)])
+def test_no_memory_and_what_goes_wrong_in_the_wrappers_is_raised_and_nothing_compiled_again(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool, error: type[Exception]
 ) -> None:
-    gm = function(lambda x: aten.cos.default(x), (5, 3))
+    made: list[Any] = []
 
-    def refuse(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory")
+    def broken(*_: Any) -> Any:
+        raise error("on purpose")
 
-    monkeypatch.setattr(inductor, "load", lambda *_, **__: refuse)
-    run = inductor.compile_function("cos", gm, lambda _: None)
-    with pytest.raises(torch.OutOfMemoryError):
-        run(torch.randn(5, 3))
-    assert len(runs) == 1
-    monkeypatch.setattr(inductor, "portable", lambda *_: None)
-    wrapped = inductor.compile_function("cos", gm, lambda _: None)
-    with pytest.raises((RuntimeError, AttributeError, TypeError)):
-        wrapped("no tensor")
-    assert len(runs) == 2
+    def compiler(*_: Any) -> Any:
+        made.append(Namespace(_compiled_fn=broken))
+        return made[-1]
+
+    monkeypatch.setattr(inductor, "_compiled", compiler)
+    monkeypatch.setattr(inductor, "portable", lambda *_: None if wrapped else CODE)
+    monkeypatch.setattr(inductor, "load", lambda *_, **__: broken)
+    run = inductor.compile_function("cos", function(lambda x: aten.cos.default(x), (5, 3)), lambda _: None)
+    for _ in range(2):
+        with pytest.raises(error, match="on purpose"):
+            run(torch.randn(5, 3))
+    assert len(made) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- damage
