@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Namespace
-from typing import Any
+from typing import Any, ClassVar
 
 import laws
 import pytest
@@ -26,7 +26,7 @@ from torch import fx, nn
 import squareq_fx
 from squareq_fx.lowering import inductor
 from squareq_fx.lowering.kept import KeptPrograms, program_code_key
-from squareq_fx.lowering.portable import _hash, _kernels, load
+from squareq_fx.lowering.portable import Loaded, _hash, _kernels, load, tuned
 from squareq_fx.lowering.symbols import sizes_of
 from squareq_fx.slab import Slab
 from squareq_fx.stored.code import StoredCode, read_code, write_code
@@ -148,14 +148,14 @@ def test_other_functions_of_inductor_are_taken_from_it(tmp_path: Path) -> None:
     code = StoredCode("def call(args): return (extern_kernels.convolution,)", (), ("convolution",), (), (), "", b"")
     from torch._inductor.select_algorithm import extern_kernels
 
-    assert load(code, "one")()[0] is extern_kernels.convolution
+    assert load(code, "one").run()[0] is extern_kernels.convolution
 
 
 def test_a_misaligned_input_is_copied_where_the_program_asks_for_it() -> None:
     source = "def call(args):\n    return tuple(a.data_ptr() % 16 for a in args)"
     # Inductor's own rule: an address that is no multiple of 16 bytes
     x = torch.randn(9)[1:]
-    assert load(StoredCode(source, (), (), (0,), (), "", b""), "one")(x, x) == (0, x.data_ptr() % 16)
+    assert load(StoredCode(source, (), (), (0,), (), "", b""), "one").run(x, x) == (0, x.data_ptr() % 16)
 
 
 @pytest.mark.parametrize("what", ["portable", "load"])
@@ -185,7 +185,7 @@ def test_a_program_that_does_not_run_without_its_wrappers_is_compiled_again_and_
     def broken(*_: Any) -> Any:
         raise TypeError("no such launcher")
 
-    monkeypatch.setattr(inductor, "load", lambda *_, **__: broken)
+    monkeypatch.setattr(inductor, "load", lambda *_, **__: Loaded(broken))
     noted: list[inductor.Compilation] = []
     run = inductor.compile_function("cos", gm, noted.append, programs=KeptPrograms(tmp_path))
     x = torch.randn(5, 3)
@@ -211,8 +211,8 @@ def test_no_memory_and_what_goes_wrong_in_the_wrappers_is_raised_and_nothing_com
         return made[-1]
 
     monkeypatch.setattr(inductor, "_compiled", compiler)
-    monkeypatch.setattr(inductor, "portable", lambda *_: None if wrapped else CODE)
-    monkeypatch.setattr(inductor, "load", lambda *_, **__: broken)
+    monkeypatch.setattr(inductor, "portable", lambda *_: None if wrapped else replace(CODE, fixed=(), condition=""))
+    monkeypatch.setattr(inductor, "load", lambda *_, **__: Loaded(broken))
     run = inductor.compile_function("cos", function(lambda x: aten.cos.default(x), (5, 3)), lambda _: None)
     for _ in range(2):
         with pytest.raises(error, match="on purpose"):
@@ -287,7 +287,7 @@ def test_the_least_used_go_first(tmp_path: Path) -> None:
     for at, key in enumerate("ab"):
         kept.put(key, CODE)
         os.utime(tmp_path / f"{key}.code", (at, at))
-    assert kept.get("a", lambda code: len) == (CODE, len), "it is used now"
+    assert kept.get("a", lambda code: Loaded(len)) == (CODE, Loaded(len)), "it is used now"
     kept.put("c", CODE)
     assert [path.stem for path in codes(tmp_path)] == ["a", "c"]
 
@@ -306,30 +306,82 @@ def test_no_cache_no_files(first: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 # --------------------------------------------------------------------------------------------------------- Triton's kernels
 
 
-def test_of_a_tuned_kernel_the_fastest_variant_is_kept(tmp_path: Path) -> None:
+def test_of_a_tuned_kernel_the_fastest_variant_is_kept() -> None:
     """Also where Inductor's own cache, which holds the result, is gone: the second process must not tune again."""
     pytest.importorskip("triton")
-    from torch._inductor.runtime.autotune_cache import AutotuneCache
     from torch._inductor.triton_bundler import StaticallyLaunchedAutotuner, TritonBundle, TritonKernelArtifacts
 
-    def kernel(name: str, *hashes: str) -> Any:
+    def kernel(*hashes: str) -> Any:
         variants = [Namespace(kernel=Namespace(hash=one)) for one in hashes]
-        return Namespace(compile_results=variants, inductor_meta={}, filename=str(tmp_path / f"{name}.py"))
+        return Namespace(compile_results=variants, inductor_meta={})
 
-    before, tuned, other = kernel("tuned", "aa"), kernel("tuned", "aa", "bb"), kernel("other", "cc", "dd")
-    cache = AutotuneCache.create({}, tuned.filename, "any")
-    assert cache is not None
-    cache.save(Namespace(kwargs={}, num_warps=4, num_stages=1), 0, triton_cache_hash=_hash(tuned.compile_results[1]))
-    hashes = {name: _hash(Namespace(kernel=Namespace(hash=name))) for name in ("aa", "bb", "cc", "dd", "ee")}
-    files = [TritonKernelArtifacts(one, 0, []) for one in hashes.values()]  # of "ee" nothing else is known
-    named = [("tuned", before), ("other", other), ("tuned", tuned)]
+    named = [("twice", kernel("aa")), ("tuned", kernel("bb", "cc")), ("other", kernel("dd", "ee")), ("twice", kernel("aa"))]
+    hashes = {name: _hash(Namespace(kernel=Namespace(hash=name))) for name in ("aa", "bb", "cc", "dd", "ee", "ff")}
+    files = [TritonKernelArtifacts(one, 0, []) for one in hashes.values()]  # of "ff" nothing else is known
     bundle = TritonBundle(2 * files, [StaticallyLaunchedAutotuner(name, name, one) for name, one in named])
 
-    found = pickle.loads(_kernels(bundle))
-    variants = {one.cache_key: [v.kernel.hash for v in one.kernel.compile_results] for one in found.static_autotuners}
-    assert variants == {"tuned": ["bb"], "other": ["cc", "dd"]}
-    assert [one.kernel_hash for one in found.kernel_artifacts] == [hashes[name] for name in ("bb", "cc", "dd", "ee")]
-    assert len(found.static_autotuners) == 2 and _kernels(None) == _kernels(TritonBundle([], [])) == b""
+    def held(kernels: bytes) -> tuple[dict[str, list[str]], list[str]]:
+        found = pickle.loads(kernels)
+        assert len(found.static_autotuners) == 3
+        variants = {one.cache_key: [v.kernel.hash for v in one.kernel.compile_results] for one in found.static_autotuners}
+        return variants, [one.kernel_hash for one in found.kernel_artifacts]
+
+    code = replace(CODE, kernels=_kernels(bundle))
+    every = {"twice": ["aa"], "tuned": ["bb", "cc"], "other": ["dd", "ee"]}
+    assert held(code.kernels) == (every, [*hashes.values()])
+    assert _kernels(None) == _kernels(TritonBundle([], [])) == b""
+
+    def measured(*fastest: str) -> Any:
+        return Namespace(launchers=[Namespace(cache_hash=hashes.get(one, one)) for one in fastest])
+
+    faster = tuned(code, [measured("cc"), measured("dd", "ee")])
+    assert faster is not None and replace(faster, kernels=code.kernels) == code
+    assert held(faster.kernels) == (every | {"tuned": ["cc"]}, [hashes[name] for name in ("aa", "cc", "dd", "ee", "ff")])
+    assert tuned(faster, [measured("cc")]) is None, "it says so already"
+    several, unnamed = measured("dd", "ee"), Namespace(launchers=[object()])
+    for unknown in ([], [several], [measured("a variant of later")], [measured("aa")], [unnamed]):
+        assert tuned(code, unknown) is None
+    assert tuned(CODE, []) is None and tuned(replace(CODE, kernels=b""), [measured("cc")]) is None
+
+
+def test_what_the_first_call_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, after the call, and only of kernels that had several variants."""
+    original, asked = inductor.load, []
+
+    class Kernel:
+        launchers: ClassVar[list[int]] = [1, 2]
+
+    def loaded(code: StoredCode, name: str) -> Loaded:
+        program = original(code, name)
+        return Loaded(program.run, (Kernel,)) if name == "several" else program
+
+    def measured(code: StoredCode, untuned: Any) -> StoredCode:
+        asked.append(untuned)
+        return replace(code, kernels=b"the fastest")
+
+    monkeypatch.setattr(inductor, "load", loaded)
+    monkeypatch.setattr(inductor, "tuned", measured)
+    for name, expected in (("one", []), ("several", [(Kernel,)])):
+        folder = tmp_path / name
+        gm = function(lambda x: aten.cos.default(x), (5, 3))
+        run = inductor.compile_function(name, gm, lambda _: None, programs=KeptPrograms(folder))
+        (path,) = codes(folder)
+        assert read_code(path.read_bytes(), path.stem).kernels == b""
+        for rows in (5, 5, 7):
+            run(torch.randn(rows, 3))
+        assert asked == expected
+        assert read_code(path.read_bytes(), path.stem).kernels == (b"the fastest" if expected else b"")
+
+
+def test_kernels_with_several_variants_are_told(tmp_path: Path) -> None:
+    source = """
+class Kernel:
+    def __init__(self, *launchers): self.launchers = [*launchers]
+one, two, launchers = Kernel(1), Kernel(1, 2), [1, 2]
+def call(args): return (two,)
+"""
+    program = load(StoredCode(source, (), (), (), (), "", b""), "kernels")
+    assert program.untuned == program.run()
 
 
 def test_a_program_finds_its_kernels_and_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +399,7 @@ def test_a_program_finds_its_kernels_and_starts_no_process(tmp_path: Path, monke
         "def call(args): return found"
     )
     with config.patch(compile_threads=7):
-        threads, folder = load(StoredCode(source, (), (), (), (), "", pickle.dumps(bundle)), "one")()
+        threads, folder = load(StoredCode(source, (), (), (), (), "", pickle.dumps(bundle)), "one").run()
         assert (threads, config.compile_threads) == (1, 7)
     assert (Path(folder) / "KEY" / "kernel.cubin").read_bytes() == b"binary" and Path(folder).is_relative_to(tmp_path)
 
@@ -509,7 +561,7 @@ print(json.dumps([[c.kept for c in module.lowering.compilations], [o.double().su
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         environment = os.environ | caches | {"PYTHONPATH": path}
         command = [sys.executable, "-c", script, str(tmp_path / "programs")]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 0, (run, process.stderr)
         rows.append(json.loads(process.stdout.splitlines()[-1]))
     assert [set(row[0]) for row in rows] == [{False}, {True}, {True}]

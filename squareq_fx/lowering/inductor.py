@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,8 +29,9 @@ from squareq_fx.ir import fake_mode, model_source
 from squareq_fx.lowering.decompositions import decompose
 from squareq_fx.lowering.kept import KeptPrograms, program_code_key
 from squareq_fx.lowering.lowered import lowered, unpacker
-from squareq_fx.lowering.portable import ERRORS, load, portable
+from squareq_fx.lowering.portable import ERRORS, Loaded, load, portable, tuned
 from squareq_fx.lowering.symbols import Fresh, Sizes, fresh, hint, holds, sizes_of
+from squareq_fx.stored.code import StoredCode
 from squareq_fx.stored.errors import DamagedError
 
 __all__ = ["Compilation", "CompiledFunction", "compile_function"]
@@ -140,7 +141,15 @@ class CompiledFunction(nn.Module):
             program = self._program(sizes, wrapped=True)
             results = program.run(*sizes, *flat)
         self._by_sizes[sizes] = program.run
+        self._keep_tuned(program)
         return results
+
+    def _keep_tuned(self, program: _Program) -> None:
+        """After a program's first call: keep what it measured of its kernels, so that no other process does."""
+        code, untuned = program.untuned.pop() if program.untuned else (None, ())
+        faster = None if code is None else tuned(code, untuned)
+        if faster is not None and self._kept is not None and program.key is not None:
+            self._kept.put(program.key, faster)
 
     def _program(self, sizes: tuple[int, ...], wrapped: bool = False) -> _Program:
         """One that holds for these sizes. wrapped: from the compiler, as it comes."""
@@ -153,8 +162,7 @@ class CompiledFunction(nn.Module):
             key = program_code_key(self._body, self._values, self._sizes, sizes, _options())
             kept = self._kept.get(key, partial(load, name=self._name)) if key is not None else None
         if kept is not None:
-            code, run = kept
-            program = _Program(run, code.fixed, code.condition, False, key)
+            program = _Program.of(*kept, key)
         else:
             with resumed():
                 program = self._made(key, sizes, wrapped)
@@ -173,16 +181,18 @@ class CompiledFunction(nn.Module):
             fixed, condition = world.fixed(), world.condition()
         except Exception as error:
             raise self._refused(error) from error
-        run, code = getattr(artifact, "_compiled_fn", artifact), None if wrapped else portable(artifact, fixed, condition)
+        code = None if wrapped else portable(artifact, fixed, condition)
         if code is not None:
             try:
-                run = load(code, self._name)  # in its wrappers it also holds its serialised form, which is on disk already
+                loaded = load(code, self._name)  # in its wrappers it also holds its serialised form, which is on disk already
             except DamagedError as error:
                 _LOG.warning("%s runs in Inductor's wrappers: %s", self._name, error)
                 code = None
-        if self._kept is not None and key is not None and code is not None:
+        if code is None:
+            return _Program(getattr(artifact, "_compiled_fn", artifact), fixed, condition, True, key)
+        if self._kept is not None and key is not None:
             self._kept.put(key, code)
-        return _Program(run, fixed, condition, code is None, key)
+        return _Program.of(code, loaded, key)
 
     def _refused(self, error: Exception) -> SquareQError:
         text = str(error).strip().splitlines()
@@ -217,6 +227,13 @@ class _Program:
     condition: str
     wrapped: bool
     key: str | None
+    untuned: list[tuple[StoredCode, tuple[Any, ...]]] = field(default_factory=list)  # what `tuned` wants, until the first call
+
+    @classmethod
+    def of(cls, code: StoredCode, loaded: Loaded, key: str | None) -> _Program:
+        """One out of its wrappers."""
+        untuned = [(code, loaded.untuned)] if loaded.untuned else []
+        return cls(loaded.run, code.fixed, code.condition, False, key, untuned)
 
     @cached_property
     def holds(self) -> Callable[[Sequence[int]], bool]:
@@ -234,6 +251,8 @@ def _options() -> dict[str, Any]:
     # Triton cuts a kernel's file name off after 150 characters, which a norm and a quantisation fill; Inductor then does not
     # find the binary, launches the slow way, and compiles the kernel again in each process. With "torch" it names no operation.
     settings["triton.descriptive_names"] = "torch"
+    # A reduction that takes many registers would get another variant where it is loaded, compiled and measured in each process.
+    settings["dynamic_scale_rblock"] = False
     return {"config_patches": settings}
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from squareq_fx.durable import write_whole
+from squareq_fx.lowering.portable import Loaded
 from squareq_fx.lowering.symbols import Sizes
 from squareq_fx.stored.code import StoredCode, read_code, write_code
 from squareq_fx.stored.errors import DamagedError
@@ -53,8 +54,8 @@ class KeptPrograms:
         folder = folder_of(cache)
         return None if folder is None else cls(folder)
 
-    def get(self, key: str, load: Callable[[StoredCode], Callable[..., Any]]) -> tuple[StoredCode, Callable[..., Any]] | None:
-        """The program of this key and what runs it, if both can be had; what is there and cannot be used is told in a warning.
+    def get(self, key: str, load: Callable[[StoredCode], Loaded]) -> tuple[StoredCode, Loaded] | None:
+        """The program of this key, read and loaded, if both can be done; what is there and cannot be used is told in a warning.
 
         Args:
             load: `portable.load`.
@@ -62,14 +63,14 @@ class KeptPrograms:
         path = self._path(key)
         try:
             code = read_code(path.read_bytes(), key)
-            run = load(code)
+            loaded = load(code)
             os.utime(path)
         except FileNotFoundError:
             return None
         except (OSError, DamagedError) as error:
             self._warn(f"the program kept in {path} cannot be used and is compiled again: {error}")
             return None
-        return code, run
+        return code, loaded
 
     def put(self, key: str, code: StoredCode) -> None:
         """Keep a program; what cannot be written is told in a warning."""

@@ -13,8 +13,8 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from squareq_fx.stored.code import StoredCode
 from squareq_fx.stored.errors import DamagedError
 
-__all__ = ["ERRORS", "load", "portable"]
+__all__ = ["ERRORS", "Loaded", "load", "portable", "tuned"]
 
 _LOG = logging.getLogger(__name__)
 _IMPORT = re.compile(r"^from torch\._inductor\.[\w.]+ import (?:\w+ as )?(\w+)\n", re.MULTILINE)
@@ -92,35 +92,26 @@ def _needs_no_wrapper(entry: Any) -> bool:
     return not any(changes) and all(output.output_type.name in _PLAIN for output in meta.output_info)
 
 
-def _kernels(bundle: Any) -> bytes:
+def _kernels(bundle: Any, fastest: Container[str] = ()) -> bytes:
     """The compiled Triton kernels, each once, and of those that were tuned the fastest variant only.
 
-    Inductor bundles every variant, and in each process looks for what the tuning found, in its cache, by the absolute path of
-    this process. Where that is gone the first call would tune again, and could choose, and round, otherwise.
+    Inductor bundles every variant. It writes what the tuning found into its cache, under a path of the process, and where that
+    is gone the first call of each process would load the compiler, tune again, and could choose, and round, otherwise.
+
+    Args:
+        fastest: hashes of the variants that were found to be the fastest of their kernel.
     """
     if bundle is None or not (bundle.kernel_artifacts or bundle.static_autotuners):
         return b""
-    kernels = {one.cache_key: one for one in bundle.static_autotuners}  # the last of a key was made after the tuning
+    kernels = {one.cache_key: one for one in bundle.static_autotuners}
     slower = {_hash(variant) for one in bundle.static_autotuners for variant in one.kernel.compile_results}
     for one in kernels.values():
-        _settle(one.kernel)
+        found = [variant for variant in one.kernel.compile_results if _hash(variant) in fastest]
+        if len(found) == 1:
+            one.kernel.compile_results = found
         slower -= {_hash(variant) for variant in one.kernel.compile_results}
     files = {one.kernel_hash: one for one in bundle.kernel_artifacts if one.kernel_hash not in slower}
     return pickle.dumps(replace(bundle, kernel_artifacts=[*files.values()], static_autotuners=[*kernels.values()]))
-
-
-def _settle(kernel: Any) -> None:
-    """Leave a kernel the variant that tuning it has found to be the fastest; all of them if that is not known."""
-    from torch._inductor.runtime.autotune_cache import AutotuneCache
-
-    if not kernel.filename or kernel.inductor_meta.get("coordinate_descent_tuning"):
-        return  # what that finds is no variant of the bundle
-    cache = AutotuneCache.create(kernel.inductor_meta, kernel.filename, "")
-    found = ((cache and cache._read()) or {}).get("triton_cache_hash")
-    fastest = [variant for variant in kernel.compile_results if _hash(variant) == found]
-    if fastest:
-        kernel.compile_results = fastest
-        kernel.inductor_meta["dynamic_scale_rblock"] = False  # or each process adds a variant, and tunes
 
 
 def _hash(variant: Any) -> str:
@@ -140,8 +131,21 @@ def _without_idle_imports(source: str) -> str:
     return _IMPORT.sub(needed, source)
 
 
-def load(code: StoredCode, name: str) -> Callable[..., Any]:
-    """Execute the text of a program, and return what runs it, called with its inputs one by one.
+@dataclass(frozen=True)
+class Loaded:
+    """A program that can be called.
+
+    Attributes:
+        run: takes its inputs one by one.
+        untuned: those of its Triton kernels that have several variants; the first call measures them.
+    """
+
+    run: Callable[..., Any]
+    untuned: tuple[Any, ...] = ()
+
+
+def load(code: StoredCode, name: str) -> Loaded:
+    """Execute the text of a program.
 
     What it compiled lies in Inductor's and Triton's own caches, or in `code.kernels`; what is in neither is compiled again.
 
@@ -157,7 +161,7 @@ def load(code: StoredCode, name: str) -> Callable[..., Any]:
         raise DamagedError(f"it cannot be executed here: {type(error).__name__}: {error}") from error
 
 
-def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
+def _loaded(code: StoredCode, name: str) -> Loaded:
     found = {one: getattr(torch, one) for one in code.ours} | {one: _of_inductor(one) for one in code.theirs}
     path = f"<squareq_fx program {name}>"
     space: dict[str, Any] = {"__name__": f"squareq_fx_program_{name}", "__file__": path, "extern_kernels": _Functions(found)}
@@ -175,7 +179,26 @@ def _loaded(code: StoredCode, name: str) -> Callable[..., Any]:
         with torch.no_grad():
             return call([*inputs])
 
-    return run
+    return Loaded(run, tuple(value for value in space.values() if _variants(value) > 1))
+
+
+def _variants(value: Any) -> int:
+    """How many ways a Triton kernel of a program's text has to run; of anything else none."""
+    launchers = getattr(value, "launchers", None)
+    return len(launchers) if isinstance(launchers, list) else 0
+
+
+def tuned(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
+    """The program with only the fastest variant of each kernel that a call has measured; None if it would be the same.
+
+    Args:
+        untuned: of the `Loaded` that was called.
+    """
+    fastest = {getattr(kernel.launchers[0], "cache_hash", None) for kernel in untuned if _variants(kernel) == 1}
+    bundle = pickle.loads(code.kernels) if code.kernels and fastest else None
+    several = [one.kernel.compile_results for one in getattr(bundle, "static_autotuners", ())]
+    known = {_hash(variant) for variants in several if len(variants) > 1 for variant in variants}
+    return replace(code, kernels=_kernels(bundle, fastest & known)) if fastest & known else None
 
 
 @contextlib.contextmanager
