@@ -8,8 +8,9 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from runtime_support import SimEngine, make_store, read, ring_schedule, run_step
 
 from squareq_fx.errors import RuntimeStateError
 from squareq_fx.runtime import Piece, Runtime, Segment, WeightStore, pinning
-from squareq_fx.runtime.carriers import StagedCarrier
+from squareq_fx.runtime.carriers import StagedCarrier, Transfer
 from squareq_fx.runtime.device import start_device
 from squareq_fx.runtime.engines import CpuEngine
 
@@ -195,6 +196,40 @@ def test_a_transfer_says_once_what_went_wrong() -> None:
         transfer.issued(carrier)
     with pytest.raises(RuntimeStateError, match="failed before"):
         transfer.issued(carrier)
+    carrier.close()
+
+
+@pytest.mark.parametrize("ending", ["served", "cancelled", "corrupt"])
+def test_the_reader_lets_go_of_the_memory_before_it_says_that_the_copy_is_issued(
+    monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Who waits for a copy may evict it at once: that its bytes are free then must not depend on when the reader runs again."""
+    checking, alive = threading.Event(), list[bool]()
+
+    def verify(_: str) -> None:
+        assert checking.wait(30)
+        if ending == "corrupt":
+            raise ValueError("corrupt")
+
+    store, _ = make_store(SIZES, "disk", verify=verify)
+    carrier = StagedCarrier(store, CpuEngine(torch.device("cpu")), ["b0"], chunk_bytes=200, slots=2)
+    memory = torch.empty(SIZES[0], dtype=torch.uint8)
+    gone = weakref.ref(memory)
+    for name in ("finish", "fail"):
+        original = getattr(Transfer, name)
+
+        def ended(*arguments: Any, original: Any = original) -> None:
+            alive.append(gone() is not None)
+            original(*arguments)
+
+        monkeypatch.setattr(Transfer, name, ended)
+    transfer = carrier.send("b0", memory, ())
+    del memory
+    transfer.cancelled = ending == "cancelled"
+    checking.set()
+    with nullcontext() if ending == "served" else pytest.raises((RuntimeStateError, ValueError)):
+        transfer.issued(carrier)
+    assert alive == [False]
     carrier.close()
 
 

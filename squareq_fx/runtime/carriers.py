@@ -106,10 +106,20 @@ class DirectCarrier:
 
 @dataclass
 class _Request:
+    """A transfer to serve. Whoever waits for it may free the destination at once, so it is let go of first."""
+
     name: str
-    destination: torch.Tensor
+    destination: torch.Tensor | None
     after: Sequence[Mark]
     transfer: Transfer
+
+    def finish(self, started: Mark, copied: Mark) -> None:
+        self.destination = None
+        self.transfer.finish(started, copied)
+
+    def fail(self, error: BaseException) -> None:
+        self.destination = None
+        self.transfer.fail(error)
 
 
 @dataclass
@@ -174,7 +184,7 @@ class StagedCarrier:
         try:
             self._serve(request)
         except BaseException as error:  # raised again in the load that waits for this transfer
-            request.transfer.fail(error)
+            request.fail(error)
         return True
 
     def _serve(self, request: _Request) -> None:
@@ -185,7 +195,7 @@ class StagedCarrier:
             return
         started = self._engine.mark_copy()
         self._store.check(request.name)
-        total = request.destination.numel()
+        total = request.transfer.nbytes
         for start in range(0, total, self._chunk_bytes):
             if self._is_pointless(request):
                 return
@@ -195,14 +205,15 @@ class StagedCarrier:
                 slot.in_use_until.synchronize()
             part = slot.memory[: min(self._chunk_bytes, total - start)]
             self._store.gather(request.name, part, start)
+            assert request.destination is not None, "not ended yet"
             self._engine.copy(request.destination[start : start + part.numel()], part)
             slot.in_use_until = self._engine.mark_copy()
-        request.transfer.finish(started, self._engine.mark_copy())
+        request.finish(started, self._engine.mark_copy())
 
     def _is_pointless(self, request: _Request) -> bool:
         if not (self._stopping or request.transfer.cancelled):
             return False
-        # Not raised here: a traceback would keep the destination alive for as long as the telemetry is kept.
+        # Not raised here: a traceback would keep these frames alive for as long as the telemetry is kept.
         reason = f"the copy of {request.name!r} was cancelled: its step ended or the runtime was shut down"
-        request.transfer.fail(RuntimeStateError(reason))
+        request.fail(RuntimeStateError(reason))
         return True
