@@ -194,7 +194,7 @@ def tuned(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
     Args:
         untuned: of the `Loaded` that was called.
     """
-    fastest = {getattr(kernel.launchers[0], "cache_hash", None) for kernel in untuned if _variants(kernel) == 1}
+    fastest: set[str] = {getattr(kernel.launchers[0], "cache_hash", "") for kernel in untuned if _variants(kernel) == 1}
     bundle = pickle.loads(code.kernels) if code.kernels and fastest else None
     several = [one.kernel.compile_results for one in getattr(bundle, "static_autotuners", ())]
     known = {_hash(variant) for variants in several if len(variants) > 1 for variant in variants}
