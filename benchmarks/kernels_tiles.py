@@ -64,11 +64,11 @@ def _program(job: Job) -> tuple[object, ...]:
     rows = tiles.row_bucket(layer.m)
     if isinstance(tile, MatmulTile):
         cut: object = _schedule(rows, layer.n, layer.k, tile, _device()).kind
-    else:
-        assert isinstance(tile, FusedTile)
-        pieces, programs = min(tile.split, -(-layer.k // tile.k)), -(-rows // tile.m) * -(-layer.n // tile.n)
-        cut = pieces > 1 and programs <= COUNTERS
-    return job.kernel, layer.dtype, tile[:5], layer.k % tile.k == 0, cut
+        return job.kernel, layer.dtype, tile[:5], layer.k % tile.k == 0, cut
+    assert isinstance(tile, FusedTile)
+    split, programs = min(tile.split, -(-layer.k // tile.k)), -(-rows // tile.m) * -(-layer.n // tile.n)
+    cut = split > 1 and programs <= COUNTERS
+    return job.kernel, layer.dtype, tile[:5], tile.pieces, layer.k % tile.step == 0, cut
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> dict[Job, str]:

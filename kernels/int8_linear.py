@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from squareq_fx.kernels import int8_linear_few
 from squareq_fx.kernels.arguments import check_linear
 from squareq_fx.kernels.counters import COUNTERS, counters
+from squareq_fx.kernels.int8_linear_parts import finish, of_columns
 from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
 from squareq_fx.kernels.tiles import FusedTile, tile_for
 
@@ -69,8 +71,7 @@ def _int8_linear(
     rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
     x_tile = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None]
     q_tile = q_ptr + rows_n[:, None] * stride_qn + offs_k[None, :]
-    scale = tl.load(scale_ptr + rows_n)
-    zero = tl.load(zero_ptr + rows_n)
+    zero, scale, bias = of_columns(zero_ptr, scale_ptr, bias_ptr, rows_n)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(begin, end, BLOCK_K):
@@ -106,20 +107,10 @@ def _int8_linear(
                     acc += tl.load(sums, mask=other < split, other=0.0, cache_modifier=".cg")
             tl.store(counter_ptr + pid, 0)  # ready for the next launch
     if last:
-        # q - zero need not fit 16 bits, so it comes in by linearity; a symmetric slab skips this pass over x.
-        if x_ptr.dtype.element_ty != tl.float32:  # noqa: SIM102  (decided when compiling, the inner one by the data)
-            if tl.sum((zero != 0.0).to(tl.int32), axis=0) > 0:
-                total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-                for k in range(0, K, BLOCK_K):
-                    x = tl.load(x_tile + k, mask=inside_m & (offs_k[:, None] < K - k), other=0.0)
-                    total += tl.sum(x.to(tl.float32), axis=0)
-                acc -= zero[:, None] * total[None, :]
-        acc *= scale[:, None]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows_n)[:, None]
-        y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(y_tile, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=inside)
+        finish(
+            *(acc, x_ptr, zero, scale, bias, y_ptr),
+            *(offs_m, offs_n, rows_m, M, N, K, stride_xm, BLOCK_M, BLOCK_K),
+        )
 
 
 _LAUNCH = Launcher(_int8_linear)
@@ -174,21 +165,21 @@ def launch(
         known = tile_for("int8_linear", rows, out_features, in_features, x.dtype, x.device) if not _LAUNCH.interpreted else None
         tile = known if isinstance(known, FusedTile) else _INTERPRETER_TILE
     tiles = cdiv(rows, tile.m) * cdiv(out_features, tile.n)
+    pointers = (x2, qweight, scale.contiguous(), zero_point.contiguous(), None if bias is None else bias.contiguous(), y)
+    sizes = (out_features, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0))
+    widen = y.dtype != x.dtype  # the interpreter multiplies bfloat16 as integers
+    even = in_features % tile.step == 0
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.pieces > 1:
+        constants = (tile.m, tile.n, tile.k, tile.pieces, even, widen)
+        int8_linear_few.LAUNCH(tiles, pointers, (rows,), sizes, constants, **options)
+        return y.to(x.dtype)
     split, partial, count = min(tile.split, max(1, cdiv(in_features, tile.k))), None, None
     if split > 1:
         count = counters(x.device) if tiles <= COUNTERS else None
         split = split if count is not None else 1
     if split > 1:
         partial = torch.empty(tiles * split * tile.m * tile.n, dtype=torch.float32, device=x.device)
-    widen = y.dtype != x.dtype  # the interpreter multiplies bfloat16 as integers
-    exact = None if bias is None else bias.contiguous()
-    _LAUNCH(
-        tiles * split,
-        (x2, qweight, scale.contiguous(), zero_point.contiguous(), exact, y, partial, count),
-        (rows, split),
-        (out_features, in_features, qweight.shape[1], x2.stride(0), qweight.stride(0)),
-        (tile.m, tile.n, tile.k, in_features % tile.k == 0, widen, split > 1),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    constants = (tile.m, tile.n, tile.k, even, widen, split > 1)
+    _LAUNCH(tiles * split, (*pointers, partial, count), (rows, split), sizes, constants, **options)
     return y.to(x.dtype)

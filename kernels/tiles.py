@@ -40,7 +40,10 @@ to fill (on an H200 one row of 9216x3072 is, of 12288x3072 not; two of 2560x1280
 
 
 class FusedTile(NamedTuple):
-    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth."""
+    """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth.
+
+    pieces: more than 1: each step is so many depths long, and the warps of one program share them out (`int8_linear_few`).
+    """
 
     m: int
     n: int
@@ -48,6 +51,12 @@ class FusedTile(NamedTuple):
     warps: int
     stages: int
     split: int
+    pieces: int = 1
+
+    @property
+    def step(self) -> int:
+        """Columns of x that a program multiplies at a time."""
+        return self.k * self.pieces
 
 
 class Tail(IntEnum):
@@ -94,6 +103,9 @@ _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
         FusedTile(8, 32, 128, 2, 3, 8),
         FusedTile(8, 64, 128, 4, 4, 4),
         FusedTile(8, 64, 128, 4, 3, 8),
+        FusedTile(8, 16, 128, 8, 3, 1, pieces=8),
+        FusedTile(8, 16, 128, 4, 4, 1, pieces=4),
+        FusedTile(8, 32, 128, 4, 4, 1, pieces=4),
     ),
     16: (
         FusedTile(16, 32, 128, 2, 4, 1),
@@ -103,6 +115,9 @@ _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
         FusedTile(16, 32, 128, 2, 3, 2),
         FusedTile(16, 32, 128, 2, 3, 4),
         FusedTile(16, 32, 128, 2, 3, 8),
+        FusedTile(16, 16, 128, 8, 3, 1, pieces=8),
+        FusedTile(16, 16, 128, 4, 4, 1, pieces=4),
+        FusedTile(16, 32, 128, 4, 3, 1, pieces=4),
     ),
     32: (
         FusedTile(32, 32, 128, 4, 4, 1),
@@ -229,7 +244,7 @@ def tile_for(
 def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> FusedTile | MatmulTile:
     tiles = candidates(kernel, rows, width, depth, dtype, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fused = [t for t in tiles if isinstance(t, FusedTile)]
+    fused = [t for t in tiles if isinstance(t, FusedTile) and t.pieces == 1]  # those with pieces only where they were measured
     if fused:
         # The smaller a tile, the more of them a multiprocessor needs to keep memory busy; a piece of less than six steps
         # costs more than it brings.
@@ -273,5 +288,6 @@ def _fits(tile: FusedTile | MatmulTile, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     wide = 1 if isinstance(tile, MatmulTile) else 4 if tile.k <= 64 and tile.stages == 3 else 2
-    held = tile.stages * tile.k * (tile.m * wide + tile.n)
+    depth = tile.step if isinstance(tile, FusedTile) else tile.k
+    held = tile.stages * depth * (tile.m * wide + tile.n)
     return held <= _shared_memory(device)

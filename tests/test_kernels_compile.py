@@ -20,7 +20,7 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from squareq_fx.kernels import dequantize_rows, int8_gemv, int8_linear, int8_matmul, quantize_rows, tiles  # noqa: E402
+from squareq_fx.kernels import dequantize_rows, int8_gemv, int8_linear, int8_linear_few, int8_matmul, quantize_rows, tiles  # noqa: E402
 from squareq_fx.kernels.tiles import FusedTile, MatmulTile, Tail  # noqa: E402
 
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -72,14 +72,11 @@ def compiled(
 
 def fused(dtype: str, tile: FusedTile, target: int, even: bool = True) -> Any:
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
-    constants = {
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-        "EVEN_K": even,
-        "WIDEN": False,
-        "SPLITS": tile.split > 1,
-    }
+    constants = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "EVEN_K": even, "WIDEN": False}
+    if tile.pieces > 1:
+        constants["PIECES"] = tile.pieces
+        return compiled(int8_linear_few._int8_linear_few, types, constants, tile.warps, tile.stages, target)
+    constants["SPLITS"] = tile.split > 1
     if tile.split == 1:
         constants |= {"partial_ptr": None, "counter_ptr": None}
     return compiled(int8_linear._int8_linear, types, constants, tile.warps, tile.stages, target)
@@ -136,6 +133,22 @@ def test_the_fused_product(dtype: str, target: int) -> None:
     assert dtype == "fp32" or all(tile[0] == 8 for tile in fewest)
     for tile in fewest:  # half a tile of x is not too little for the matrix units
         assert dtype == "fp32" or (isinstance(tile, FusedTile) and "mma" in fused(dtype, tile, target).asm["ptx"])
+
+
+@pytest.mark.parametrize("target", [HOPPER, AMPERE])
+@pytest.mark.parametrize("even", [True, False])
+def test_the_fused_product_of_few_rows_keeps_its_warps_apart(target: int, even: bool) -> None:
+    """Each warp has a piece of the depth: matrix units, loads under way, and no memory in which programs meet."""
+    for rows in (8, 16):
+        found = tiles.candidates("int8_linear", rows, 3072, 3072, torch.bfloat16, torch.device("cpu"))
+        several = [tile for tile in found if isinstance(tile, FusedTile) and tile.pieces > 1]
+        assert len(several) == 3 and all(tile.m == rows for tile in several)
+        for tile in several:
+            made = fused("bf16", tile, target, even)
+            text, layouts = made.asm["ptx"], made.asm["ttgir"]
+            assert f"warpsPerCTA = [{tile.pieces}, 1, 1], instrShape = [1, 16, 8]" in layouts
+            assert "mma.sync" in text and "wgmma" not in text and "atom" not in text
+            assert "cp.async.cg.shared.global" in text and "0x10" in text, "sixteen bytes at a time"
 
 
 def test_the_int8_product_for_hopper() -> None:
