@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
+from importlib.util import cache_from_source
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def measure(options: argparse.Namespace) -> None:
     found = sum(c.kept for c in compilations) + counters["inductor"]["fxgraph_cache_hit"]  # in ours, in Inductor's
     row |= {"compilations": len(compilations), "from_cache": found}
     module.shutdown()
+    row |= {"bytecode": Path(cache_from_source(torch.__file__)).exists(), "peft": "peft" in sys.modules}
     print(json.dumps({**row, "device": device, "versions": {**versions, "squareq_fx": squareq_fx.__version__}}), flush=True)
 
 
@@ -147,7 +149,7 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
         "",
         "Seconds; each run is a process of its own. `cold` finds every cache empty (this package's, Inductor's, Triton's), the",
         "others find what it left. The first call makes its inputs too, and ends with the output on the host; the column after",
-        f"it counts from the start of the process. The slab {slab}.",
+        f"it counts from the start of the process. The slab {slab}. {_imports(rows)}",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
@@ -162,6 +164,13 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
     target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."
     ours = ", ".join(f"{row['timeline']['first_output'] - row['timeline']['libraries']:.2f}" for row in rows)
     return "\n".join([*lines, "", target, f"Without the imports of torch and diffusers: {ours} s."]) + "\n"
+
+
+def _imports(rows: Sequence[Row]) -> str:
+    """What else the time of the imports depends on."""
+    cached = ", ".join(row["run"] for row in rows if row["bytecode"]) or "no run"
+    peft = "imports PEFT too, which is here" if rows[0]["peft"] else "would import PEFT too, which is not installed here"
+    return f"Python had torch's bytecode cached in: {cached}; diffusers {peft}."
 
 
 def _verdict(seconds: float) -> str:

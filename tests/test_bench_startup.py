@@ -79,6 +79,7 @@ def test_the_report_has_a_line_for_each_run(done: Any) -> None:
         assert line[6] == f"{row['timeline']['first_output']:.2f}"
         assert sum(map(float, line[1:6])) == pytest.approx(float(line[6]), abs=0.03)
     assert "torch " in page and "diffusers " in page and "squareq_fx " in page
+    assert "diffusers imports PEFT too" in page, "the tests' environment has it"
 
 
 def test_progress_is_told_as_it_goes(done: Any) -> None:
@@ -91,6 +92,7 @@ def test_progress_is_told_as_it_goes(done: Any) -> None:
 def row(name: str, first_output: float) -> dict[str, Any]:
     timeline = {"libraries": 1.5, "imports": 2.0, "model": 2.5, "compile": first_output - 1, "first_output": first_output}
     counts = {"tuning": 7.25, "second_call": 0.13, "compilations": 6, "from_cache": 6}
+    counts |= {"bytecode": name != "cold", "peft": False}
     return {"run": name, "timeline": timeline, **counts, "device": "a card", "versions": {"Python": "3.11", "torch": "2.11"}}
 
 
@@ -101,6 +103,8 @@ def test_the_target_is_for_warm_runs() -> None:
     assert "within 10 s: warm 1 missed by 2.50 s; warm 2 met by 0.75 s." in page
     assert "Without the imports of torch and diffusers: 88.50, 11.00, 7.75 s." in page
     assert "the first run may read it from the disk" in page
+    assert "bytecode cached in: warm 1, warm 2; diffusers would import PEFT too, which is not installed here." in page
+    assert "bytecode cached in: no run; " in startup.report(setting, [row("cold", 9.0)])
     assert "| warm 2 | 1.50 | 0.50 | 0.50 | 5.75 | 1.00 | 9.25 | 7.25 | 0.130 | 6 | 6 |" in page
     assert "within 10 s: not measured." in startup.report(setting, [row("cold", 9.0)])
 
