@@ -306,7 +306,7 @@ def test_no_cache_no_files(first: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 # --------------------------------------------------------------------------------------------------------- Triton's kernels
 
 
-def test_of_a_tuned_kernel_the_fastest_variant_is_kept() -> None:
+def test_of_a_tuned_kernel_the_fastest_variant_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where Inductor's own cache, which holds the result, is gone: the second process must not tune again."""
     pytest.importorskip("triton")
     from torch._inductor.triton_bundler import StaticallyLaunchedAutotuner, TritonBundle, TritonKernelArtifacts
@@ -342,6 +342,10 @@ def test_of_a_tuned_kernel_the_fastest_variant_is_kept() -> None:
     for unknown in ([], [several], [measured("a variant of later")], [measured("aa")], [unnamed]):
         assert tuned(code, unknown) is None
     assert tuned(CODE, []) is None and tuned(replace(CODE, kernels=b""), [measured("cc")]) is None
+    told: list[Any] = []
+    monkeypatch.setattr("squareq_fx.lowering.portable._LOG.warning", lambda *words: told.append(words[1]))
+    assert tuned(CODE, [measured("cc")]) is None, "an Inductor with other pickles does not fail the call"
+    assert told == ["UnpicklingError"]
 
 
 def test_what_the_first_call_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,9 @@ class CompiledFunction(nn.Module):
 
     def _keep_tuned(self, program: _Program) -> None:
         """After a program's first call: keep what it measured of its kernels, so that no other process does."""
-        code, untuned = program.untuned.pop() if program.untuned else (None, ())
-        faster = None if code is None else tuned(code, untuned)
+        if not program.untuned:
+            return
+        faster = tuned(*program.untuned.pop())
         if faster is not None and self._kept is not None and program.key is not None:
             self._kept.put(program.key, faster)
 

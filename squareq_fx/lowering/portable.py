@@ -194,6 +194,14 @@ def tuned(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
     Args:
         untuned: of the `Loaded` that was called.
     """
+    try:
+        return _narrowed(code, untuned)
+    except ERRORS as error:  # an Inductor that has these things elsewhere; the call itself went well
+        _LOG.warning("what a call measured of Inductor's kernels is not kept: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _narrowed(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
     fastest: set[str] = {getattr(kernel.launchers[0], "cache_hash", "") for kernel in untuned if _variants(kernel) == 1}
     bundle = pickle.loads(code.kernels) if code.kernels and fastest else None
     several = [one.kernel.compile_results for one in getattr(bundle, "static_autotuners", ())]
