@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
-from importlib.util import cache_from_source
+from importlib.util import cache_from_source, find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> None:
     found = sum(c.kept for c in compilations) + counters["inductor"]["fxgraph_cache_hit"]  # in ours, in Inductor's
     row |= {"compilations": len(compilations), "from_cache": found}
     module.shutdown()
-    row |= {"bytecode": Path(cache_from_source(torch.__file__)).exists(), "peft": "peft" in sys.modules}
+    row["peft"] = "peft" in sys.modules
     print(json.dumps({**row, "device": device, "versions": {**versions, "squareq_fx": squareq_fx.__version__}}), flush=True)
 
 
@@ -164,6 +164,12 @@ def report(setting: Row, rows: Sequence[Row]) -> str:
     target = f"Target: first output from a warm cache within {TARGET:g} s: {'; '.join(warm) or 'not measured'}."
     ours = ", ".join(f"{row['timeline']['first_output'] - row['timeline']['libraries']:.2f}" for row in rows)
     return "\n".join([*lines, "", target, f"Without the imports of torch and diffusers: {ours} s."]) + "\n"
+
+
+def _has_bytecode(package: str) -> bool:
+    """Whether a process that imports it now finds it compiled; asked from outside, since the process may write it."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None and Path(cache_from_source(spec.origin)).exists()
 
 
 def _imports(rows: Sequence[Row]) -> str:
@@ -231,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Path(f"{slab}{suffix}").symlink_to(Path(f"{options.slab}{suffix}").resolve())
             for doing in RUNS:
                 print(f"{options.model}: {doing}", file=sys.stderr, flush=True)
-                rows.append({"run": doing, **json.loads(_run("measure", options, slab, end, environment))})
+                before = {"run": doing, "bytecode": _has_bytecode("torch")}
+                rows.append({**before, **json.loads(_run("measure", options, slab, end, environment))})
                 (options.out / "startup.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
                 (options.out / "startup.md").write_text(report(setting, rows))
         except (subprocess.TimeoutExpired, SystemExit) as error:

@@ -42,7 +42,8 @@ to fill (on an H200 one row of 9216x3072 is, of 12288x3072 not; two of 2560x1280
 class FusedTile(NamedTuple):
     """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth.
 
-    pieces: more than 1: each step is so many depths long, and the warps of one program share them out (`int8_linear_few`).
+    pieces: more than 1: each step is so many depths long, and the warps of one program share them out (`int8_linear_few`). Not
+        measured on any card yet, so only the tuner takes such a tile.
     """
 
     m: int
@@ -244,7 +245,7 @@ def tile_for(
 def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> FusedTile | MatmulTile:
     tiles = candidates(kernel, rows, width, depth, dtype, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fused = [t for t in tiles if isinstance(t, FusedTile) and t.pieces == 1]  # those with pieces only where they were measured
+    fused = [t for t in tiles if isinstance(t, FusedTile) and t.pieces == 1]
     if fused:
         # The smaller a tile, the more of them a multiprocessor needs to keep memory busy; a piece of less than six steps
         # costs more than it brings.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import json
 import logging
@@ -107,6 +108,16 @@ def test_the_target_is_for_warm_runs() -> None:
     assert "bytecode cached in: no run; " in startup.report(setting, [row("cold", 9.0)])
     assert "| warm 2 | 1.50 | 0.50 | 0.50 | 5.75 | 1.00 | 9.25 | 7.25 | 0.130 | 6 | 6 |" in page
     assert "within 10 s: not measured." in startup.report(setting, [row("cold", 9.0)])
+
+
+def test_bytecode_is_looked_for_where_this_python_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_package_of_this_test").mkdir()
+    (tmp_path / "a_package_of_this_test" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "elsewhere"))
+    assert not startup._has_bytecode("a_package_of_this_test") and not startup._has_bytecode("no_such_package_of_this_test")
+    compileall.compile_dir(tmp_path / "a_package_of_this_test", quiet=1)
+    assert startup._has_bytecode("a_package_of_this_test")
 
 
 def test_the_seconds_of_tuning_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

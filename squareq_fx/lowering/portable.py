@@ -137,7 +137,7 @@ class Loaded:
 
     Attributes:
         run: takes its inputs one by one.
-        untuned: those of its Triton kernels that have several variants; the first call measures them.
+        untuned: its Triton kernels, if any is kept in several variants; after the first call `tuned` asks them for the fastest.
     """
 
     run: Callable[..., Any]
@@ -165,7 +165,7 @@ def _loaded(code: StoredCode, name: str) -> Loaded:
     found = {one: getattr(torch, one) for one in code.ours} | {one: _of_inductor(one) for one in code.theirs}
     path = f"<squareq_fx program {name}>"
     space: dict[str, Any] = {"__name__": f"squareq_fx_program_{name}", "__file__": path, "extern_kernels": _Functions(found)}
-    with _emitted(code.kernels):
+    with _emitted(code.kernels) as several:
         exec(compile(code.source, path, "exec", dont_inherit=True), space)
     linecache.cache[path] = (len(code.source), None, code.source.splitlines(keepends=True), path)
     call = space["call"]
@@ -179,13 +179,14 @@ def _loaded(code: StoredCode, name: str) -> Loaded:
         with torch.no_grad():
             return call([*inputs])
 
-    return Loaded(run, tuple(value for value in space.values() if _variants(value) > 1))
+    # Also those with one launcher: Inductor's own cache, which may not be there the next time, can have known the fastest.
+    return Loaded(run, tuple(value for value in space.values() if _launchers(value)) if several else ())
 
 
-def _variants(value: Any) -> int:
-    """How many ways a Triton kernel of a program's text has to run; of anything else none."""
-    launchers = getattr(value, "launchers", None)
-    return len(launchers) if isinstance(launchers, list) else 0
+def _launchers(value: Any) -> list[Any]:
+    """The ways a Triton kernel of a program's text has to run, one once it was measured; of anything else none."""
+    found = getattr(value, "launchers", None)
+    return found if isinstance(found, list) else []
 
 
 def tuned(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
@@ -202,18 +203,27 @@ def tuned(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
 
 
 def _narrowed(code: StoredCode, untuned: Iterable[Any]) -> StoredCode | None:
-    fastest: set[str] = {getattr(kernel.launchers[0], "cache_hash", "") for kernel in untuned if _variants(kernel) == 1}
+    single = [launchers[0] for launchers in map(_launchers, untuned) if len(launchers) == 1]
+    fastest: set[str] = {getattr(launcher, "cache_hash", "") for launcher in single}
     bundle = pickle.loads(code.kernels) if code.kernels and fastest else None
-    several = [one.kernel.compile_results for one in getattr(bundle, "static_autotuners", ())]
-    known = {_hash(variant) for variants in several if len(variants) > 1 for variant in variants}
+    known = {_hash(variant) for variants in _several(bundle) for variant in variants}
     return replace(code, kernels=_kernels(bundle, fastest & known)) if fastest & known else None
 
 
+def _several(bundle: Any) -> list[list[Any]]:
+    """The variants of each kernel of a bundle that has more than one."""
+    every = [one.kernel.compile_results for one in getattr(bundle, "static_autotuners", ())]
+    return [variants for variants in every if len(variants) > 1]
+
+
 @contextlib.contextmanager
-def _emitted(kernels: bytes) -> Iterator[None]:
-    """While this is entered a program's text finds its compiled kernels, and starts no processes to compile them."""
+def _emitted(kernels: bytes) -> Iterator[bool]:
+    """While this is entered a program's text finds its compiled kernels, and starts no processes to compile them.
+
+    Gives whether any kernel has several variants.
+    """
     if not kernels:
-        yield
+        yield False
         return
     from torch._inductor import config
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -226,9 +236,10 @@ def _emitted(kernels: bytes) -> Iterator[None]:
         triton_hash_with_backend()  # as Inductor before it names other tools to Triton: these files' names begin with it
     for files in bundle.kernel_artifacts[:1]:  # as Inductor where it makes a kernel: kernels of our own are found there too
         os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(files.device))
+    several = bool(_several(bundle))  # before Inductor, where its own cache knows the fastest, drops the others
     TritonBundler.read_and_emit(bundle)
     with config.patch(compile_threads=1):
-        yield
+        yield several
 
 
 class _Functions:
