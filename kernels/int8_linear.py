@@ -108,7 +108,7 @@ def _int8_linear(
             tl.store(counter_ptr + pid, 0)  # ready for the next launch
     if last:
         finish(
-            *(acc, x_ptr, zero, scale, bias, y_ptr),
+            *(acc, x_ptr, zero, scale, bias, bias_ptr, y_ptr),
             *(offs_m, offs_n, rows_m, M, N, K, stride_xm, BLOCK_M, BLOCK_K),
         )
 

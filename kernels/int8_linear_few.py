@@ -67,7 +67,7 @@ def _int8_linear_few(
             w -= zero[None, :, None]
         acc = tl.dot(w, x, acc, input_precision="ieee")
     finish(
-        *(tl.sum(acc, axis=0), x_ptr, zero, scale, bias, y_ptr),
+        *(tl.sum(acc, axis=0), x_ptr, zero, scale, bias, bias_ptr, y_ptr),
         *(offs_m, offs_n, rows_m, M, N, K, stride_xm, BLOCK_M, BLOCK_K),
     )
 

@@ -10,10 +10,10 @@ __all__ = ["finish", "of_columns"]
 
 @triton.jit
 def of_columns(zero_ptr, scale_ptr, bias_ptr, rows_n):
-    """Zero points, scales, and the bias or None. To be asked for before the product: after it, all would wait for them."""
+    """Zero points, scales and biases. To be asked for before the product: after it, all would wait for them."""
     zero = tl.load(zero_ptr + rows_n)
     scale = tl.load(scale_ptr + rows_n)
-    bias = None
+    bias = scale  # of no use without bias_ptr; Triton 3.6 cannot return None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows_n)
     return zero, scale, bias
@@ -26,6 +26,7 @@ def finish(
     zero,
     scale,
     bias,
+    bias_ptr,
     y_ptr,
     offs_m,
     offs_n,
@@ -41,7 +42,8 @@ def finish(
 
     Args:
         acc: [columns of y, rows of y] float32, the tile transposed: the sums of x * q, or for float32 of x * (q - zero).
-        zero, scale, bias: of `of_columns`; offs_m, offs_n: places in y; rows_m: offs_m, but 0 past the end.
+        zero, scale, bias: of `of_columns`, bias only if there is a bias_ptr.
+        offs_m, offs_n: places in y; rows_m: offs_m, but 0 past the end.
     """
     inside_m = offs_m < M
     # q - zero need not fit 16 bits, so it comes in by linearity; a symmetric slab skips this pass over x.
@@ -55,7 +57,7 @@ def finish(
                 total += tl.sum(x.to(tl.float32), axis=0)
             acc -= zero[:, None] * total[None, :]
     acc *= scale[:, None]
-    if bias is not None:
+    if bias_ptr is not None:
         acc += bias[:, None]
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_tile, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=inside_m[:, None] & (offs_n < N)[None, :])

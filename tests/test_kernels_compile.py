@@ -70,9 +70,11 @@ def compiled(
     return made
 
 
-def fused(dtype: str, tile: FusedTile, target: int, even: bool = True) -> Any:
+def fused(dtype: str, tile: FusedTile, target: int, even: bool = True, bias: bool = True) -> Any:
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
     constants = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "EVEN_K": even, "WIDEN": False}
+    if not bias:
+        constants["bias_ptr"] = None
     if tile.pieces > 1:
         constants["PIECES"] = tile.pieces
         return compiled(int8_linear_few._int8_linear_few, types, constants, tile.warps, tile.stages, target)
@@ -91,6 +93,7 @@ def product(
     activation: str = "none",
     addend: bool = False,
     aligned: bool = True,
+    bias: bool = True,
 ) -> Any:
     types = {"a": "*i8", "b": "*i8", "x_ptr": "*i8", "y_ptr": f"*{dtype}", "addend_ptr": f"*{dtype}", "partial_ptr": "*i32"}
     if descriptors:
@@ -110,6 +113,8 @@ def product(
         constants["half"] = None
     if not addend:
         constants["addend_ptr"] = None
+    if not bias:
+        constants["bias_ptr"] = None
     if tile.tail != Tail.DEPTH:
         constants |= {"partial_ptr": None, "counter_ptr": None}
     return compiled(int8_matmul._int8_matmul, types, constants, tile.warps, tile.stages, target)
@@ -170,11 +175,11 @@ def test_the_int8_product_for_hopper() -> None:
 @pytest.mark.parametrize("tail", (Tail.WHOLE, Tail.ROWS))
 @pytest.mark.parametrize("rows", (128, 256))
 @pytest.mark.parametrize(
-    ("dtype", "activation", "addend", "aligned"),
-    [("bf16", "none", False, True), ("fp16", "gelu_tanh", True, True), ("fp32", "none", False, False)],
+    ("dtype", "activation", "addend", "aligned", "bias"),
+    [("bf16", "none", False, True, False), ("fp16", "gelu_tanh", True, True, True), ("fp32", "none", False, False, True)],
 )
 def test_the_int8_product_with_warps_that_fetch(
-    tail: Tail, rows: int, dtype: str, activation: str, addend: bool, aligned: bool
+    tail: Tail, rows: int, dtype: str, activation: str, addend: bool, aligned: bool, bias: bool
 ) -> None:
     pytest.importorskip("triton.experimental.gluon")
     from triton.experimental.gluon import language as gl
@@ -195,6 +200,7 @@ def test_the_int8_product_with_warps_that_fetch(
     constants |= {"ALIGNED": aligned, "ACTIVATION": activation, "TAIL": tail.name}
     constants |= {} if tail == Tail.ROWS else {"half": None}
     constants |= {} if addend else {"addend_ptr": None}
+    constants |= {} if bias else {"bias_ptr": None}
     made = compiled(kernel, types, constants, tile.warps, make=GluonASTSource)
     text = made.asm["ptx"]
     large, small = (text.count(f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8") for n in (128, 64))
@@ -207,6 +213,21 @@ def test_the_int8_product_with_warps_that_fetch(
 def test_the_int8_product_for_ampere() -> None:
     text = product("fp16", MatmulTile(64, 128, 128, 4, 3, 2, Tail.DEPTH), AMPERE, descriptors=False).asm["ptx"]
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.(satfinite\.)?s32\.s8\.s8\.s32", text) and "atom" in text
+
+
+@pytest.mark.parametrize("target", [HOPPER, AMPERE])
+def test_layers_without_bias(target: int) -> None:
+    """A compiler may refuse what it is given for the bias then, which the interpreter does not."""
+    few = tiles.candidates("int8_linear", 8, 3072, 3072, torch.bfloat16, torch.device("cpu"))
+    for kind in (lambda t: t.pieces > 1, lambda t: t.split > 1, lambda t: t.pieces == t.split == 1):
+        tile = next(t for t in few if isinstance(t, FusedTile) and kind(t))
+        assert "mma" in fused("bf16", tile, target, bias=False).asm["ptx"]
+    for tail in (Tail.WHOLE, Tail.DEPTH):
+        made = product("bf16", MatmulTile(64, 64, 128, 4, 3, 2, tail), target, descriptors=target == HOPPER, bias=False)
+        assert "mma" in made.asm["ptx"]
+    for x_rows, (block_n, block_k, warps, stages) in int8_gemv._TILES.items():
+        constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages, "bias_ptr": None}
+        compiled(int8_gemv._int8_gemv, {"x_ptr": "*bf16", "y_ptr": "*bf16"}, constants, warps, target=target)
 
 
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
