@@ -67,7 +67,7 @@ def test_a_start_ahead_holds_up_no_kernel_and_its_bytes_are_there_when_they_are_
         going.set()
         copies: list[tuple[str, torch.Tensor]] = []
         run_step(runtime, acts, lambda block, weights: copies.append((block, weights.clone())))
-    assert copies and all(read(copy) == truth[block] for block, copy in copies)
+        assert copies and all(read(copy) == truth[block] for block, copy in copies)  # on the stream that made them
     runtime.shutdown()
 
 
