@@ -164,7 +164,7 @@ class _ComfyLinear(nn.Module):
 PEERS: dict[str, Peer] = {
     "bf16": Peer(None, _as_it_is),
     "torchao-w8a16": Peer("torchao", _torchao_weight_only),
-    "torchao-w8a8": Peer("torchao", _torchao_dynamic),
+    "torchao-w8a8": Peer("torchao", _torchao_dynamic, slow=True),
     "quanto": Peer("optimum-quanto", _quanto),
     "bitsandbytes": Peer("bitsandbytes", _bitsandbytes),
     "sdnq": Peer("sdnq", _sdnq, slow=True),

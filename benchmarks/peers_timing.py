@@ -82,16 +82,22 @@ def paired(baseline: Sequence[Call], arm: Sequence[Call], seconds: float = 0.12)
 
 
 def _graph(calls: Sequence[Call]) -> tuple[Call, int]:
-    rounds = _rounds(calls)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for call in itertools.chain.from_iterable([calls] * rounds):
-            call()
-    return graph.replay, rounds * len(calls)
+    _warm(calls)
+
+    def captured(rounds: int) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for call in itertools.chain.from_iterable([calls] * rounds):
+                call()
+        return graph.replay
+
+    once = captured(1)
+    rounds = _rounds(min(_events(once, 1) for _ in range(3)))  # of the device, whatever the calls take the host
+    return captured(rounds), rounds * len(calls)
 
 
 def _loop(calls: Sequence[Call]) -> tuple[Call, int]:
-    rounds = _rounds(calls)
+    rounds = _rounds(1e3 * _warm(calls))
 
     def run() -> None:
         for call in itertools.chain.from_iterable([calls] * rounds):
@@ -100,8 +106,13 @@ def _loop(calls: Sequence[Call]) -> tuple[Call, int]:
     return run, rounds * len(calls)
 
 
-def _rounds(calls: Sequence[Call]) -> int:
-    """How often to go through the calls so that it takes a few milliseconds; also warms them up."""
+def _rounds(ms: float) -> int:
+    """How often to go through calls that take so long so that it is a few milliseconds."""
+    return max(1, min(50, int(1e3 * _REPLAY_SECONDS / max(ms, 1e-6))))
+
+
+def _warm(calls: Sequence[Call]) -> float:
+    """Go through the calls three times; the seconds of the fastest."""
     times = []
     for _ in range(3):
         synchronize()
@@ -110,7 +121,7 @@ def _rounds(calls: Sequence[Call]) -> int:
             call()
         synchronize()
         times.append(time.perf_counter() - start)
-    return max(1, min(50, int(_REPLAY_SECONDS / min(times))))
+    return min(times)
 
 
 def _events(run: Call, count: int) -> float:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_rows
-from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
+from squareq_fx.kernels.launch import Launcher, stored_dtype
+from squareq_fx.kernels.tiles import cdiv
 
 __all__ = ["TILES", "Tile", "dequantize_rows", "launch", "launch_layer"]
 

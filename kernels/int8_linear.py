@@ -15,8 +15,8 @@ from squareq_fx.kernels import int8_linear_few
 from squareq_fx.kernels.arguments import check_linear
 from squareq_fx.kernels.counters import COUNTERS, counters
 from squareq_fx.kernels.int8_linear_parts import finish, of_columns
-from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
-from squareq_fx.kernels.tiles import FusedTile, tile_for
+from squareq_fx.kernels.launch import Launcher, stored_dtype
+from squareq_fx.kernels.tiles import FusedTile, cdiv, tile_for
 
 __all__ = ["int8_linear", "launch"]
 

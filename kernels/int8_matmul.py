@@ -23,8 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from squareq_fx.kernels.arguments import check_matmul
 from squareq_fx.kernels.counters import COUNTERS, counters
 from squareq_fx.kernels.int8_matmul_parts import activated, origin, places
-from squareq_fx.kernels.launch import Launcher, cdiv, stored_dtype
-from squareq_fx.kernels.tiles import MatmulTile, Tail, halves_fit, tile_for
+from squareq_fx.kernels.launch import Launcher, stored_dtype
+from squareq_fx.kernels.tiles import MatmulTile, Tail, cdiv, halves_fit, processors, tile_for
 
 __all__ = ["Schedule", "int8_matmul", "launch"]
 
@@ -338,7 +338,7 @@ def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch
     tiles = cdiv(rows, tile.m) * cdiv(width, tile.n)
     if not tile.programs:
         return Schedule(tiles, 0, 1, tiles, Tail.WHOLE)
-    at_once = _INTERPRETER_PROGRAMS if _LAUNCH.interpreted else _processors(device) * tile.programs
+    at_once = _INTERPRETER_PROGRAMS if _LAUNCH.interpreted else processors(device) * tile.programs
     tail, split = tiles % at_once, 1
     if tile.tail == Tail.ROWS and halves_fit(tail, at_once):
         split = 2
@@ -347,11 +347,6 @@ def _schedule(rows: int, width: int, depth: int, tile: MatmulTile, device: torch
     if split < 2:
         return Schedule(tiles, 0, 1, min(tiles, at_once), Tail.WHOLE)
     return Schedule(tiles - tail, tail, split, max(min(tiles - tail, at_once), tail * split), tile.tail)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

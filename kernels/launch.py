@@ -8,12 +8,7 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["Launcher", "cdiv", "stored_dtype"]
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; `triton.cdiv`, which kernels call as well, takes the host several microseconds."""
-    return -(-a // b)
+__all__ = ["Launcher", "stored_dtype"]
 
 
 def stored_dtype(dtype: torch.dtype, interpreted: bool) -> torch.dtype:

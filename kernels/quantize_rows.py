@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from squareq_fx.kernels.arguments import check_quantize_rows
-from squareq_fx.kernels.launch import Launcher, cdiv
+from squareq_fx.kernels.launch import Launcher
 from squareq_fx.kernels.reference import SMALLEST_ROW
+from squareq_fx.kernels.tiles import cdiv
 
 __all__ = ["WIDEST", "RowTile", "launch", "quantize_rows", "tile_for"]
 

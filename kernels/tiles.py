@@ -22,9 +22,11 @@ __all__ = [
     "MatmulTile",
     "Tail",
     "candidates",
+    "cdiv",
     "gemv_takes",
     "halves_fit",
     "key",
+    "processors",
     "row_bucket",
     "tile_for",
 ]
@@ -33,17 +35,15 @@ __all__ = [
 GEMV_MAX_ROWS = 2
 """Rows of x that `int8_gemv` takes."""
 
-_GEMV_LARGEST = {1: 1 << 25, 2: 1 << 22}
-_GEMV_DEEPEST = {1: 1 << 25, 2: 1536}
-"""Rows of 16 bits: weights, and weights of one row, up to which it is faster than the fused kernel, whose pipeline takes longer
-to fill (on an H200 one row of 9216x3072 is, of 12288x3072 not; two of 2560x1280 are, of 5120x1280 and 640x2048 not)."""
+_GEMV_LARGEST = 1 << 24
+"""Weights up to which it is faster than the tiles for one row of 16 bits; for two rows they are faster. On an H200, by 4 % of
+3072x3072 and 32 % of 640x640; 6144x3072 takes 12 % longer, two rows of 1280x1280 11 %."""
 
 
 class FusedTile(NamedTuple):
     """For W8A16: tokens, weight rows and depth of a tile, warps, pipeline stages, programs that share a tile's depth.
 
-    pieces: more than 1: each step is so many depths long, and the warps of one program share them out (`int8_linear_few`). Not
-        measured on any card yet, so only the tuner takes such a tile.
+    pieces: more than 1: each step is so many depths long, and the warps of one program share them out (`int8_linear_few`).
     """
 
     m: int
@@ -97,16 +97,12 @@ CHOSEN: dict[Key, FusedTile | MatmulTile] = {}
 
 _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
     8: (  # half as many rows of x to fetch, and of sums to exchange: 3 to 9 % faster than tiles of 16 on an H200
-        FusedTile(8, 32, 128, 2, 4, 1),
+        FusedTile(8, 32, 128, 2, 5, 1),
         FusedTile(8, 32, 128, 2, 4, 2),
         FusedTile(8, 32, 128, 2, 4, 4),
         FusedTile(8, 32, 128, 2, 4, 8),
-        FusedTile(8, 32, 128, 2, 3, 8),
-        FusedTile(8, 64, 128, 4, 4, 4),
-        FusedTile(8, 64, 128, 4, 3, 8),
-        FusedTile(8, 16, 128, 8, 3, 1, pieces=8),
         FusedTile(8, 16, 128, 4, 4, 1, pieces=4),
-        FusedTile(8, 32, 128, 4, 4, 1, pieces=4),
+        FusedTile(8, 16, 128, 4, 3, 1, pieces=4),
     ),
     16: (
         FusedTile(16, 32, 128, 2, 4, 1),
@@ -116,9 +112,6 @@ _FUSED_16BIT: dict[int, tuple[FusedTile, ...]] = {
         FusedTile(16, 32, 128, 2, 3, 2),
         FusedTile(16, 32, 128, 2, 3, 4),
         FusedTile(16, 32, 128, 2, 3, 8),
-        FusedTile(16, 16, 128, 8, 3, 1, pieces=8),
-        FusedTile(16, 16, 128, 4, 4, 1, pieces=4),
-        FusedTile(16, 32, 128, 4, 3, 1, pieces=4),
     ),
     32: (
         FusedTile(32, 32, 128, 4, 4, 1),
@@ -176,18 +169,27 @@ them at every shape of Flux and SDXL that has 2048 or more; fewer were not measu
 long as 141 rows should, but leaves fewer multiprocessors idle at the end."""
 _DEEP = 4096
 """Depth from which it may pay to cut tiles along it: leaving and adding up sums costs as much as some steps of a product."""
-_MATMUL_SMALL = (
-    MatmulTile(64, 128, 128, 4, 3, 0, Tail.WHOLE),
+_MATMUL_SMALL = (  # few warps, deep steps: what there is to compute takes less time than to wait for it
+    MatmulTile(16, 32, 256, 2, 4, 0, Tail.WHOLE),
+    MatmulTile(32, 64, 256, 2, 4, 0, Tail.WHOLE),
+    MatmulTile(16, 64, 256, 4, 4, 0, Tail.WHOLE),
+    MatmulTile(16, 32, 512, 4, 3, 0, Tail.WHOLE),
+    MatmulTile(32, 32, 512, 4, 3, 0, Tail.WHOLE),
     MatmulTile(64, 64, 128, 4, 4, 0, Tail.WHOLE),
-    MatmulTile(32, 64, 256, 4, 3, 0, Tail.WHOLE),
-    MatmulTile(16, 64, 256, 4, 3, 0, Tail.WHOLE),
+    MatmulTile(64, 128, 128, 4, 3, 2, Tail.WHOLE),
 )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; `triton.cdiv`, which kernels call as well, takes the host several microseconds."""
+    return -(-a // b)
 
 
 def gemv_takes(rows: int, width: int, depth: int, dtype: torch.dtype) -> bool:
     """Whether `int8_gemv`, and not the fused kernel, is for a W8A16 product; for float32 that has no matrix units to use."""
-    fits = width * depth <= _GEMV_LARGEST.get(rows, 0) and depth <= _GEMV_DEEPEST.get(rows, 0)
-    return rows <= GEMV_MAX_ROWS and (dtype == torch.float32 or fits)
+    return rows <= (GEMV_MAX_ROWS if dtype == torch.float32 else 1) and (
+        dtype == torch.float32 or width * depth <= _GEMV_LARGEST
+    )
 
 
 def row_bucket(rows: int) -> int:
@@ -215,7 +217,8 @@ def candidates(
         large: tuple[MatmulTile, ...] = (*_MATMUL_LARGE, *_MATMUL_ELSEWHERE)
         if _has_hopper_kernel(device):
             large = (_MATMUL_LARGE[0], *_MATMUL_HOPPER) if rows >= _HOPPER_ROWS else (*_MATMUL_LARGE, *_MATMUL_HOPPER[:2])
-        tiles = _MATMUL_SMALL if rows <= 64 else [t._replace(group=group) for group in _GROUPS for t in large]
+        few = rows <= 64 or _is_small(rows, width, device)
+        tiles = _MATMUL_SMALL if few else [t._replace(group=group) for group in _GROUPS for t in large]
         fitting = (t for t in tiles if _fits(t, device) and t.m < 2 * max(rows, 16))
         return tuple(t for t in fitting if _tail_pays(t, rows, width, depth, device))
     return ()
@@ -228,8 +231,8 @@ def halves_fit(left_over: int, at_once: int) -> bool:
 
 def _tail_pays(tile: MatmulTile, rows: int, width: int, depth: int, device: torch.device) -> bool:
     if tile.tail == Tail.ROWS and device.type == "cuda":
-        at_once = torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
-        return halves_fit(-(-rows // tile.m) * -(-width // tile.n) % at_once, at_once)
+        at_once = processors(device) * tile.programs
+        return halves_fit(cdiv(rows, tile.m) * cdiv(width, tile.n) % at_once, at_once)
     return tile.tail != Tail.DEPTH or depth >= _DEEP
 
 
@@ -244,30 +247,49 @@ def tile_for(
 @functools.cache
 def _guess(kernel: str, rows: int, width: int, depth: int, dtype: torch.dtype, device: torch.device) -> FusedTile | MatmulTile:
     tiles = candidates(kernel, rows, width, depth, dtype, device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fused = [t for t in tiles if isinstance(t, FusedTile) and t.pieces == 1]
+    fused = [t for t in tiles if isinstance(t, FusedTile)]
     if fused:
-        # The smaller a tile, the more of them a multiprocessor needs to keep memory busy; a piece of less than six steps
-        # costs more than it brings.
-        long = [t for t in fused if t.split == 1 or depth >= 6 * t.split * t.k]
-        enough = [t for t in long if -(-rows // t.m) * -(-width // t.n) * t.split * max(t.m, 16) >= 64 * processors]
-        return enough[0] if enough else max(long, key=lambda t: t.split, default=fused[0])
-    full = -(-rows // 128) * -(-width // 128)
-    if rows > 64 and full < 0.5 * processors:  # half tiles leave fewer multiprocessors idle
-        return next((t for t in tiles if t.m == 64), tiles[0])
+        return _guess_fused(fused, rows, width, depth, processors(device))
     products = [t for t in tiles if isinstance(t, MatmulTile)]
+    if rows <= 64 or _is_small(rows, width, device):
+        narrow = [t for t in products if (t.m, t.n) == (16, 32) and cdiv(rows, 16) * cdiv(width, 32) <= 4 * processors(device)]
+        return narrow[0] if narrow else max(products, key=lambda t: (t.m <= 32, t.m * t.n))
+    return _guess_large(products, rows, width, depth, processors(device))
+
+
+def _guess_fused(tiles: list[FusedTile], rows: int, width: int, depth: int, multiprocessors: int) -> FusedTile:
+    # Warps share out a tile's depth while all programs run at once, in a longer pipeline if three of them fit a multiprocessor.
+    # Larger products hide behind each other what a program waits for, and deeper ones want more programs.
+    for tile in tiles:
+        most = (3.0 if tile.stages == 4 else 4.5) * multiprocessors
+        if tile.pieces > 1 and tile.step <= depth <= 8 * tile.step and cdiv(width, tile.n) <= most:
+            return tile
+    # The smaller a tile, the more of them a multiprocessor needs to keep memory busy; a piece of less than six steps
+    # costs more than it brings.
+    long = [t for t in tiles if t.pieces == 1 and (t.split == 1 or depth >= 6 * t.split * t.k)]
+    enough = [t for t in long if cdiv(rows, t.m) * cdiv(width, t.n) * t.split * max(t.m, 16) >= 64 * multiprocessors]
+    return enough[0] if enough else max(long, key=lambda t: t.split, default=tiles[0])
+
+
+def _guess_large(tiles: list[MatmulTile], rows: int, width: int, depth: int, multiprocessors: int) -> MatmulTile:
+    full = cdiv(rows, 128) * cdiv(width, 128)
     order = _GROUPS[rows > 4 * width]
-    fetching = [t for t in products if t.fetching and t.group == order]
-    if fetching and rows >= _HOPPER_ROWS and full >= processors:
-        return min(fetching, key=lambda t: _turns(t, rows, width, processors) * (t.m + 13 * (t.m < 256)))
+    fetching = [t for t in tiles if t.fetching and t.group == order]
+    if fetching and rows >= _HOPPER_ROWS and full >= multiprocessors:
+        return min(fetching, key=lambda t: _turns(t, rows, width, multiprocessors) * (t.m + 13 * (t.m < 256)))
     # Halves at the end cost 4 % at a depth of 640, and bring up to 4 % from 2560 on, 10 % where all tiles are halves.
-    tail = Tail.DEPTH if depth >= 8192 and full > 2 * processors else Tail.ROWS if depth >= 2048 else Tail.WHOLE
-    return min(products, key=lambda t: (t.group != order, t.tail != tail))  # the first of the best
+    tail = Tail.DEPTH if depth >= 8192 and full > 2 * multiprocessors else Tail.ROWS if depth >= 2048 else Tail.WHOLE
+    return min(tiles, key=lambda t: (t.group != order, t.tail != tail))  # the first of the best
 
 
-def _turns(tile: MatmulTile, rows: int, width: int, processors: int) -> float:
+def _is_small(rows: int, width: int, device: torch.device) -> bool:
+    """Whether tiles of 128x128 would leave more than half of the multiprocessors idle."""
+    return 2 * cdiv(rows, 128) * cdiv(width, 128) < processors(device)
+
+
+def _turns(tile: MatmulTile, rows: int, width: int, multiprocessors: int) -> float:
     """How many tiles come one after the other, of one program a multiprocessor; halves at the end are half a turn."""
-    whole, rest = divmod(-(-rows // tile.m) * -(-width // tile.n), processors)
+    whole, rest = divmod(cdiv(rows, tile.m) * cdiv(width, tile.n), multiprocessors)
     return whole + (rest > 0) * (0.5 if tile.tail == Tail.ROWS else 1.0)
 
 
@@ -277,6 +299,11 @@ def _has_hopper_kernel(device: torch.device) -> bool:
     if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return (3, 6) <= tuple(int(part) for part in version("triton").split(".")[:2]) <= (3, 9)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors; of a device that has none those of an A100, for its tiles are looked at and not run."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 108
 
 
 @functools.cache

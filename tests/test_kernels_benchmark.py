@@ -13,7 +13,7 @@ import torch
 from kernel_cases import INTERPRETED
 
 from squareq_fx.kernels import dispatch, tiles
-from squareq_fx.kernels.tiles import FusedTile, MatmulTile, Tail
+from squareq_fx.kernels.tiles import FusedTile
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -120,7 +120,8 @@ if INTERPRETED:
         jobs = tuner.jobs_for([TOY, layers.Layer(5, 40, 96)], [TOY, layers.Layer(5, 40, 96)], [(8, 256, 4)], [])
         fused = [job.tile for job in jobs if job.kernel == "int8_linear"]
         assert len({(*tile[:5], tile.split > 1) for tile in fused}) == len(fused) >= 2
-        assert [job.tile for job in jobs if job.kernel == "int8_matmul"] == [MatmulTile(16, 64, 256, 4, 3, 0, Tail.WHOLE)]
+        products = [job.tile[:5] for job in jobs if job.kernel == "int8_matmul"]
+        assert sorted(products) == [(16, 32, 256, 2, 4), (16, 32, 512, 4, 3), (16, 64, 256, 4, 4)]
         assert [job.kernel for job in jobs].count("dequantise") == 1
 
     def test_the_fastest_tile_is_chosen_and_failed_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from models import EXAMPLES, make_slab, staged
 
 import squareq_fx
 from squareq_fx.auto.deciding import tune_kernels
-from squareq_fx.auto.timings import Shape, Table, Timing, machine, microseconds, table_path
+from squareq_fx.auto.timings import _VERSION, Shape, Table, Timing, machine, microseconds, table_path
 from squareq_fx.auto.tuning import layer_times, tune, unique_shapes, use_known_tiles
 from squareq_fx.binding import Binding
 from squareq_fx.kernels import tiles
@@ -96,11 +96,11 @@ def test_writers_at_the_same_time_leave_a_whole_file(tmp_path: Path) -> None:
         "{",
         "[]",
         '{"squareq_tuning": 0, "entries": {}}',
-        '{"squareq_tuning": 5, "entries": {}}',
-        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": {"microseconds": -1, "tile": null}}}',
-        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": {"microseconds": 1, "tile": ["a"]}}}',
-        '{"squareq_tuning": 4, "entries": {"k float32": {"microseconds": 1, "tile": null}}}',
-        '{"squareq_tuning": 4, "entries": {"k float32 16x1x1": 3}}',
+        f'{{"squareq_tuning": {_VERSION + 1}, "entries": {{}}}}',
+        f'{{"squareq_tuning": {_VERSION}, "entries": {{"k float32 16x1x1": {{"microseconds": -1, "tile": null}}}}}}',
+        f'{{"squareq_tuning": {_VERSION}, "entries": {{"k float32 16x1x1": {{"microseconds": 1, "tile": ["a"]}}}}}}',
+        f'{{"squareq_tuning": {_VERSION}, "entries": {{"k float32": {{"microseconds": 1, "tile": null}}}}}}',
+        f'{{"squareq_tuning": {_VERSION}, "entries": {{"k float32 16x1x1": 3}}}}',
     ],
 )
 def test_a_damaged_file_is_warned_of_and_replaced(text: str, tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_a_damaged_file_is_warned_of_and_replaced(text: str, tmp_path: Path) -> 
 
 def test_times_of_older_kernels_are_forgotten_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    path.write_text('{"squareq_tuning": 2, "entries": {"k float32 16x1x1": {"microseconds": 1, "tile": null}}}')
+    entry = {"k float32 16x1x1": {"microseconds": 1, "tile": None}}
+    path.write_text(json.dumps({"squareq_tuning": _VERSION - 1, "entries": entry}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = Table(path)
