@@ -1,6 +1,6 @@
 """Ours beside other INT8 packages on one CUDA card: single layers, whole models, LoRA steps.
 
-    python benchmarks/peers.py --only layers                       # 20 layer shapes of Flux, SDXL and SD3; about 90 s
+    python benchmarks/peers.py --only layers                       # 20 layer shapes of Flux, SDXL and SD3; about 4 minutes
     python benchmarks/peers.py --only models --models flux         # Flux.1-dev at 1024x1024; --models sdxl: batch 2
     python benchmarks/peers.py --only train --models sdxl --arms bf16 ours-w8a16 quanto
     python benchmarks/peers.py --tiny --out /tmp/tiny              # toys on the CPU: the script itself in seconds

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peers_arms import compiled, is_ours, ours, peer_of, raise_limits
 from peers_schedule import Line
-from peers_timing import Pair, ceilings, paired, quick_tuning, retune, rotating, set_count
+from peers_timing import Pair, ceilings, paired, quick_tuning, retune, rotating, set_count, settle
 from torch import nn
 
 __all__ = ["SHAPES", "TINY", "measure", "measure_ceilings"]
@@ -58,6 +58,7 @@ def measure_ceilings(line: Line, tasks: Sequence[str], options: Mapping[str, Any
         properties = torch.cuda.get_device_properties(0)
         card = f"{properties.name}, {properties.multi_processor_count} SMs, CUDA {torch.version.cuda}"
     with line.alone():
+        settle()
         line.say(event="ceilings", card=card, **ceilings(options["tiny"]))
 
 
@@ -85,6 +86,7 @@ def _measure_arm(line: Line, arm: str, options: Mapping[str, Any]) -> None:
             del x, weight, bias, y, exact
         _release(tiny)
     with line.alone():
+        settle()
         retune()
         for shape, (error, baseline_error) in errors.items():
             with line.attempt(arm=arm, shape=shape):

@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock
 from peers_arms import add_lora, compiled, is_ours, linear_rows, ours, peer_of, raise_limits
 from peers_schedule import Line, Row
-from peers_timing import quick_tuning, retune, synchronize
+from peers_timing import quick_tuning, retune, settle, synchronize
 from streaming import first_output
 from torch import nn
 from training_arms import GIB, Arm, compare, held, random_values
@@ -42,6 +42,7 @@ def models(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None
             synchronize()
             prepared = time.perf_counter() - start
             with line.alone():
+                settle()
                 retune()
                 times, peak = _times(lambda module=module, call=call: first_output(module, call), options["repeats"])
             torch.save(output.float().cpu(), _file(options, "models", subject.name, arm))
@@ -66,6 +67,7 @@ def train(line: Line, tasks: Sequence[str], options: Mapping[str, Any]) -> None:
             synchronize()
             prepared = time.perf_counter() - start
             with line.alone():
+                settle()
                 retune()
                 arm.step()
                 steps = [arm.step() for _ in range(options["repeats"])]
@@ -148,6 +150,7 @@ def _ours(line: Line, arm: str, subject: Subject, options: Mapping[str, Any], **
     if kind["compute"] == "auto":  # what it decides by is timed with the card to itself, and found beside the slab by `compile`
         captured = squareq_fx.capture(model, slab=slab, device=subject.device)
         with line.alone():
+            settle()
             start = time.perf_counter()
             decisions_for(captured, model, slab, error_budget=ERROR_BUDGET, progress=False)
             line.say(event="decided", arm=arm, model=subject.name, seconds=time.perf_counter() - start)

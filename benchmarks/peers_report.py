@@ -166,9 +166,11 @@ def draw(entries: Sequence[Entry], folder: Path) -> None:
         axes.axhline(1.0, color="0.3", linewidth=0.8)
         axes.set_yscale("log", base=2)
         axes.set_ylim(bottom=max(_SLOWEST, 0.8 * min(e["ratio"] for e in layers)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{round(1 / value)}")
         axes.set_xticks(range(len(shapes)), [_size(shape) for shape in shapes], rotation=60, ha="right", fontsize=8)
         axes.set_ylabel("times as fast as cuBLAS bf16")
-        axes.legend(fontsize=7, ncols=3)
+        axes.grid(axis="y", linewidth=0.4)
+        axes.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         _save(figure, folder / "peers-layers.png", pyplot)
     for part, unit in (("models", "ms a forward"), ("train", "ms a step")):
         good = {(e["model"], e["arm"]) for e in entries if e.get("event") == "compared" and e.get("good", True)}

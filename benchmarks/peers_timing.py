@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Pair", "ceilings", "paired", "quick_tuning", "retune", "rotating", "set_count", "synchronize"]
+__all__ = ["Pair", "ceilings", "paired", "quick_tuning", "retune", "rotating", "set_count", "settle", "synchronize"]
 
 Call = Callable[[], object]
 _REPLAY_SECONDS = 0.003
@@ -145,6 +145,16 @@ def quick_tuning() -> None:
         import triton.testing
 
         triton.testing.do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
+
+
+def settle() -> None:
+    """Wait until kernels have ended that other processes had launched before they were stopped.
+
+    A stopped process's kernels still run, and share the card; the slowest seen here, of an int8 layer of torch's with many rows,
+    takes half a second.
+    """
+    if torch.cuda.is_available():
+        time.sleep(1.0)
 
 
 def retune() -> None:
