@@ -150,8 +150,8 @@ def quick_tuning() -> None:
 def settle() -> None:
     """Wait until kernels have ended that other processes had launched before they were stopped.
 
-    A stopped process's kernels still run, and share the card; the slowest seen here, of an int8 layer of torch's with many rows,
-    takes half a second.
+    A stopped process's kernels still run, and share the card; the slowest seen here, of an int8 layer of torch's with many
+    rows, takes half a second.
     """
     if torch.cuda.is_available():
         time.sleep(1.0)
