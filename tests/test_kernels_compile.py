@@ -25,7 +25,7 @@ from squareq_fx.kernels.tiles import FusedTile, MatmulTile, Tail  # noqa: E402
 
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HOPPER, AMPERE = 90, 80
-SHARED = {HOPPER: 227 * 1024, AMPERE: 163 * 1024}
+SHARED = {HOPPER: 227 * 1024, AMPERE: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one program may have."""
 POINTERS = {
     "q_ptr": "*i8",
@@ -234,6 +234,25 @@ def test_layers_without_bias(target: int) -> None:
     for x_rows, (block_n, block_k, warps, stages) in int8_gemv._TILES.items():
         constants = {"ROWS": x_rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": True, "STAGES": stages, "bias_ptr": None}
         compiled(int8_gemv._int8_gemv, {"x_ptr": "*bf16", "y_ptr": "*bf16"}, constants, warps, target=target)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [(86, "mma.sync"), (89, "mma.sync"), (100, "tcgen05.mma"), (120, "mma.sync")]
+)
+def test_the_products_for_cards_that_people_own(target: int, instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GeForce RTX 30, 40 and 50, whose programs have less shared memory than those of data centres, and a B200."""
+    monkeypatch.setattr(tiles, "processors", lambda device: 84)
+    monkeypatch.setattr(tiles, "_shared_memory", lambda device: SHARED[target])
+    monkeypatch.setattr(tiles, "_has_hopper_kernel", lambda device: False)
+    card, guess = torch.device("cuda", 0), tiles._guess.__wrapped__
+    for rows in (2, 16, 128):
+        tile = guess("int8_linear", rows, 3072, 3072, torch.bfloat16, card)
+        assert isinstance(tile, FusedTile) and "mma" in fused("bf16", tile, target).asm["ptx"]
+    for rows in (16, 154, 4096):
+        tile = guess("int8_matmul", rows, 1280, 3072, torch.bfloat16, card)
+        assert isinstance(tile, MatmulTile)
+        text = product("bf16", tile, target, descriptors=target >= HOPPER).asm["ptx"]
+        assert (instruction if tile.m >= 128 else "mma") in text
 
 
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
