@@ -83,7 +83,7 @@ def test_the_metadata_names_licence_and_versions(wheel: Path) -> None:
     for line in (
         "License-Expression: Apache-2.0",
         "Requires-Python: >=3.10",
-        "Requires-Dist: torch<2.14,>=2.11",
+        "Requires-Dist: torch<2.15,>=2.11",
     ):
         assert line in metadata.splitlines()
 

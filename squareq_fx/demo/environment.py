@@ -20,7 +20,8 @@ def describe_environment(device: torch.device) -> list[tuple[str, str]]:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     return [
         ("squareq_fx", __version__),
-        *((name, _version(name)) for name in ("torch", "diffusers", "peft", "scikit-learn")),
+        ("torch", torch.__version__),  # its metadata does not say for which CUDA it was built
+        *((name, _version(name)) for name in ("diffusers", "peft", "scikit-learn")),
         ("Python", platform.python_version()),
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("processor", f"{processor_name()}; {os.cpu_count()} cores, torch on {torch.get_num_threads()}"),
