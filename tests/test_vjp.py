@@ -134,6 +134,21 @@ def test_operations_in_half_precision(name: str, dtype: torch.dtype) -> None:
     differentiated(model_of(OPERATIONS[name], dtype), call, lora=ALL, inputs=("x",), limit=4e-2)
 
 
+def test_a_kernel_whose_strides_are_not_those_foretold() -> None:
+    """Fake tensors keep the input's strides here, the kernel does not: the gradient is right all the same."""
+    with torch.library._scoped_library("squareq_tests", "FRAGMENT") as library:
+        library.define("halved(Tensor x) -> Tensor")
+        library.impl("halved", lambda x: x.clone(memory_format=torch.contiguous_format) * 0.5, "CPU")
+        torch.library.register_fake("squareq_tests::halved", torch.empty_like, lib=library)
+        halved = torch.ops.squareq_tests.halved.default
+        torch.library.register_autograd("squareq_tests::halved", lambda ctx, dy: halved(dy), lib=library)
+
+        def operation(m: Any, y: torch.Tensor) -> torch.Tensor:
+            return halved(y.transpose(1, 2)).transpose(1, 2)
+
+        differentiated(model_of(operation), {"x": torch.randn(3, 4, 7)}, lora=ALL, inputs=("x",))
+
+
 def test_operations_that_save() -> None:
     """The same, from saved activations: everything in one model."""
     names = ("layer_norm", "attention", "geglu", "rotary", "written_in_place", "conv2d", "group_norm", "chunk", "where")
