@@ -41,7 +41,7 @@ def make_store(
 
 
 def read(weights: torch.Tensor) -> bytes:
-    return bytes(weights.cpu().tolist())
+    return weights.cpu().numpy().tobytes()
 
 
 @dataclass(frozen=True)
